@@ -1,0 +1,47 @@
+package redirect
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+)
+
+// Reconcile brings r from what it has to exactly want: what is absent or not
+// whole or different is added, what is not wanted is removed, the rest is not
+// touched. It goes on after an error with one workload and returns all of them
+// joined. Workloads whose namespace is gone are skipped without an error.
+func Reconcile(ctx context.Context, r Redirector, want []Workload) error {
+	installed, err := r.List(ctx)
+	if err != nil {
+		return fmt.Errorf("list installed workloads: %w", err)
+	}
+	have := make(map[ID]Installed, len(installed))
+	for _, i := range installed {
+		have[i.ID] = i
+	}
+	want = slices.Clone(want)
+	slices.SortFunc(want, func(a, b Workload) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+
+	var errs []error
+	for _, w := range want {
+		i, ok := have[w.ID]
+		delete(have, w.ID)
+		if ok && i.Problem == nil && i.Digest == w.Digest() {
+			continue
+		}
+		if err := r.Add(ctx, w); err != nil && !errors.Is(err, ErrGone) {
+			errs = append(errs, fmt.Errorf("redirect pod %s: %w", w.Pod, err))
+		}
+	}
+	for _, i := range installed {
+		if _, unwanted := have[i.ID]; !unwanted {
+			continue
+		}
+		if err := r.Remove(ctx, i.ID); err != nil {
+			errs = append(errs, fmt.Errorf("end redirection of pod %s: %w", i.Pod, err))
+		}
+	}
+	return errors.Join(errs...)
+}
