@@ -1,0 +1,106 @@
+SHELL := /bin/bash -o pipefail
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# A plain build needs Go and nothing else; the eBPF objects are committed.
+GO        ?= go
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS   := -s -w -X main.version=$(VERSION)
+GOLANGCI  := v2.15.0
+CLANG     := 19
+FUZZTIME  ?= 10s
+BENCHTIME ?= 1s
+BACKEND   ?= auto
+SETUP     := tests/setup/setup.sh
+# Packages whose tests gain from the race detector and disturb nobody, so that
+# they run side by side. The others make namespaces and attach programs: one
+# after the other.
+PARALLEL  := ./cmd/... ./deploy/... ./pkg/podwatch/... ./pkg/xds/...
+
+##@ Try it
+demo: build tools-demo ## Bookshop behind real Envoys, step by step (BACKEND=ebpf|iptables|auto, KEEP=1)
+	bin/demo run --backend=$(BACKEND) $(if $(KEEP),--keep)
+
+demo-clean: bin/demo ## Remove what KEEP=1 make demo, or a killed demo, left running
+	bin/demo clean
+
+##@ Build
+build: bin/sluice-agent bin/sluice-cni bin/demo bin/bookshop ## All programs, static, into bin/
+
+bin/sluice-agent: FORCE
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/agent
+bin/sluice-cni: FORCE
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/cni
+bin/demo: FORCE
+	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./deploy/demo/run
+bin/bookshop: FORCE
+	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./deploy/demo/bookshop
+FORCE:
+
+tools: ## Envoy and the CNI plugins into .tools/, iptables and ip from apt where they lack
+	$(SETUP) envoy cni iptables iproute
+
+tools-demo:
+	$(SETUP) envoy cni $(if $(filter ebpf,$(BACKEND)),,iptables)
+
+generate: ## Compile bpf/ into pkg/redirect/bpf (clang 19; the results are committed)
+	$(SETUP) clang
+	$(GO) generate ./pkg/redirect/bpf/...
+
+##@ Check
+test: ## Every test that this machine can run; what it lacks is named (CI=1: fails)
+	OPTIONAL=1 $(SETUP) envoy cni iptables iproute gcc
+	@$(MAKE) test-parallel test-serial
+
+test-parallel: ## Only what needs no namespaces of its own: race detector on
+	@race=-race; command -v gcc >/dev/null || { race=; echo "no gcc: race detector off" >&2; }; \
+	set -x; $(GO) test $$race -count=1 -timeout 15m $(PARALLEL)
+
+test-serial: ## Only what makes namespaces, attaches programs, runs Envoys (root)
+	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL))")
+
+fuzz: ## Each fuzz target for FUZZTIME (10s)
+	@set -e; grep -rnoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | \
+	sed -E 's|^(.*)/[^/]*:[0-9]+:func (.*)$$|\1 \2|' | sort -u | while read -r dir name; do \
+	echo "fuzz $$dir $$name"; $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$dir" </dev/null; done
+
+bench: ## All Go benchmarks for BENCHTIME each (1s)
+	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -timeout 30m ./pkg/...
+
+lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
+	$< run ./...
+
+.tools/bin/golangci-lint-$(GOLANGCI):
+	@echo "building golangci-lint $(GOLANGCI) (a few minutes, once)"
+	@mkdir -p $(@D)
+	cd tests/setup && GOFLAGS= GOBIN=$(CURDIR)/$(@D) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI)
+	mv $(@D)/golangci-lint $@
+
+fmt: .tools/bin/golangci-lint-$(GOLANGCI) ## Format Go and C
+	$< fmt ./...
+	@if command -v clang-format-$(CLANG) >/dev/null; then set -x; clang-format-$(CLANG) -i $(CSOURCES); \
+	else echo "no clang-format-$(CLANG): C is left as it is" >&2; fi
+
+CSOURCES = $(shell git ls-files 'bpf/*.c' 'bpf/*.h' ':!bpf/headers')
+
+generate-check: ## The committed eBPF objects are what bpf/ compiles to, and C is formatted
+	@$(SETUP) clang || { [ -z "$$CI" ] && echo "skipped: generate-check needs clang-$(CLANG)"; exit $${CI:+1}; }
+	@if command -v clang-$(CLANG) >/dev/null; then set -ex; \
+	clang-format-$(CLANG) --dry-run --Werror $(CSOURCES); \
+	$(GO) generate ./pkg/redirect/bpf/...; git diff --exit-code --stat -- pkg/redirect/bpf; fi
+
+mod-check: ## go.mod and go.sum are tidy and what they name is what was downloaded
+	$(GO) mod tidy -diff
+	$(GO) mod verify
+
+checkall: mod-check lint generate-check test ## Everything that a change must pass
+
+##@ Other
+clean: ## Remove bin/ (and .tools/ with ALL=1)
+	rm -rf bin $(if $(ALL),.tools)
+
+help: ## This list
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
+	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
+
+.PHONY: FORCE bench build checkall clean demo demo-clean fmt fuzz generate generate-check help lint mod-check test test-parallel test-serial tools tools-demo

