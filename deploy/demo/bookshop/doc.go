@@ -1,0 +1,14 @@
+// Bookshop is the programs of Sluice's demo in one binary: productpage, details,
+// reviews and ratings, small servers that call each other over HTTP and gRPC,
+// and client, which puts load on them and counts.
+//
+// The programs are ordinary: they know nothing of Sluice, Envoy or any mesh and
+// address each other by host name. Each answer says which process gave it, who
+// had connected to it, and which addresses its own calls saw, so that the way
+// of a request can be told from the answer alone.
+//
+// A server runs until SIGTERM, then finishes the requests that it has. It holds
+// no state.
+//
+// A call that fails makes the caller answer 502 with the error's text.
+package main
