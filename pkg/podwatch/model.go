@@ -147,6 +147,9 @@ type HTTPRouteRule struct {
 	Backends        []HTTPBackend
 	RequestTimeout  time.Duration
 	BackendTimeout  time.Duration
+	// Unsupported names the filter that the rule has and Sluice cannot apply
+	// ("filters[0]: URLRewrite"). The Gateway API has such a rule answer 500.
+	Unsupported string
 }
 
 // MatchTypes of paths, headers and query parameters, as the Gateway API spells them.
@@ -186,6 +189,8 @@ type HTTPBackend struct {
 	Weight          uint32
 	RequestHeaders  HeaderModifier
 	ResponseHeaders HeaderModifier
+	// Unsupported is as in HTTPRouteRule, for this backend's share.
+	Unsupported string
 }
 
 // Key implements Object.
