@@ -1,0 +1,458 @@
+package cniapi
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+)
+
+// A fake is a Handler that records and answers with err.
+type fake struct {
+	mu    sync.Mutex
+	calls []string
+	last  Attachment
+	valid []AttachmentID
+	err   error
+	do    func(context.Context) error
+}
+
+func (f *fake) note(ctx context.Context, verb string, a Attachment) error {
+	f.mu.Lock()
+	f.calls, f.last = append(f.calls, verb), a
+	do, err := f.do, f.err
+	f.mu.Unlock()
+	if do != nil {
+		return do(ctx)
+	}
+	return err
+}
+
+func (f *fake) Add(ctx context.Context, a Attachment) error   { return f.note(ctx, "add", a) }
+func (f *fake) Del(ctx context.Context, a Attachment) error   { return f.note(ctx, "del", a) }
+func (f *fake) Check(ctx context.Context, a Attachment) error { return f.note(ctx, "check", a) }
+func (f *fake) Status(ctx context.Context) error              { return f.note(ctx, "status", Attachment{}) }
+func (f *fake) GC(ctx context.Context, valid []AttachmentID) error {
+	f.valid = valid
+	return f.note(ctx, "gc", Attachment{})
+}
+
+func example() Attachment {
+	return Attachment{
+		AttachmentID: AttachmentID{ContainerID: "c1", IfName: "eth0"},
+		Netns:        "/run/netns/x",
+		PodNamespace: "shop",
+		PodName:      "reviews-1",
+		PodUID:       "0b6f",
+		Interfaces: []Interface{{Name: "eth0", Addrs: []netip.Addr{
+			netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("fd00::5"),
+		}}},
+	}
+}
+
+// start runs a server that answers this process, whoever runs it.
+func start(t *testing.T, o ServerOptions, uid int, budget time.Duration) *Server {
+	t.Helper()
+	s, err := newServer(o, uint32(uid), budget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Run: %v", err)
+		}
+	})
+	return s
+}
+
+func socket(t *testing.T) string { return filepath.Join(t.TempDir(), "run", "cni.sock") }
+
+var cmpAddr = cmpopts.EquateComparable(netip.Addr{})
+
+func TestVerbs(t *testing.T) {
+	f := &fake{}
+	seen := make(chan string, 7)
+	path := socket(t)
+	start(t, ServerOptions{Socket: path, Handler: f, Observe: func(verb string, code int, d time.Duration) {
+		seen <- fmt.Sprintf("%s %d", verb, code)
+		if d <= 0 {
+			t.Errorf("%s took %v", verb, d)
+		}
+	}}, os.Getuid(), serverBudget)
+	c := NewClient(path)
+	ctx := t.Context()
+
+	for _, do := range []func() error{
+		func() error { return c.Add(ctx, example()) },
+		func() error { return c.Check(ctx, example()) },
+		func() error { return c.Del(ctx, example()) },
+		func() error { return c.GC(ctx, []AttachmentID{{"c1", "eth0"}}) },
+		func() error { return c.Status(ctx) },
+	} {
+		if err := do(); err != nil {
+			t.Error(err)
+		}
+	}
+	want := []string{"add", "check", "del", "gc", "status"}
+	if diff := cmp.Diff(want, f.calls); diff != "" {
+		t.Errorf("calls (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]AttachmentID{{"c1", "eth0"}}, f.valid); diff != "" {
+		t.Errorf("valid (-want +got):\n%s", diff)
+	}
+	if err := c.Add(ctx, example()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(example(), f.last, cmpAddr); diff != "" {
+		t.Errorf("attachment (-want +got):\n%s", diff)
+	}
+	if err := c.GC(ctx, nil); err != nil || f.valid == nil || len(f.valid) != 0 {
+		t.Errorf("GC of nothing: %v, handler saw %#v", err, f.valid)
+	}
+	// Observe runs after the answer is written: wait for each.
+	for _, want := range []string{"add 200", "check 200", "del 200", "gc 200", "status 200", "add 200", "gc 200"} {
+		select {
+		case got := <-seen:
+			if got != want {
+				t.Errorf("observed %q, want %q", got, want)
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatalf("%q was not observed", want)
+		}
+	}
+}
+
+func TestHandlerErrorReachesTheClientUnchanged(t *testing.T) {
+	f := &fake{err: errors.New(`annotation sluice.dev/backend: "ebfp": want auto, ebpf or iptables`)}
+	path := socket(t)
+	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid(), serverBudget)
+	err := NewClient(path).Add(t.Context(), example())
+	if err == nil || err.Error() != f.err.Error() {
+		t.Errorf("got %v, want %v", err, f.err)
+	}
+	if errors.Is(err, ErrUnavailable) {
+		t.Error("an answer counts as no answer")
+	}
+}
+
+func TestPanicBecomesAnError(t *testing.T) {
+	f := &fake{do: func(context.Context) error { panic("out of cheese") }}
+	path := socket(t)
+	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid(), serverBudget)
+	c := NewClient(path)
+	for range 2 { // and the server lives on
+		if err := c.Add(t.Context(), example()); err == nil || !strings.Contains(err.Error(), "panic in the agent: out of cheese") {
+			t.Errorf("got %v", err)
+		}
+	}
+}
+
+func TestOtherUsersAreRefused(t *testing.T) {
+	f := &fake{}
+	path := socket(t)
+	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid()+1, serverBudget)
+	err := NewClient(path).Add(t.Context(), example())
+	want := fmt.Sprintf("only root may ask the agent: process %d has UID %d", os.Getpid(), os.Getuid())
+	if err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+	if len(f.calls) != 0 {
+		t.Errorf("handler was called: %v", f.calls)
+	}
+}
+
+func TestSocketIsForRootAlone(t *testing.T) {
+	path := socket(t)
+	start(t, ServerOptions{Socket: path, Handler: &fake{}}, os.Getuid(), serverBudget)
+	fi, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi.Mode() != os.ModeSocket|0o600 {
+		t.Errorf("socket has mode %v", fi.Mode())
+	}
+	fi, err = os.Stat(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fi.Mode().Perm()&0o022 != 0 {
+		t.Errorf("directory has mode %v", fi.Mode())
+	}
+}
+
+func TestNewServerErrors(t *testing.T) {
+	open := filepath.Join(t.TempDir(), "open")
+	if err := os.Mkdir(open, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(open, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct {
+		name string
+		o    ServerOptions
+		want string
+	}{
+		{"no handler", ServerOptions{Socket: socket(t)}, "no handler"},
+		{"open directory", ServerOptions{Socket: filepath.Join(open, "s"), Handler: &fake{}}, "may be written to by everybody"},
+		{"long path", ServerOptions{Socket: filepath.Join(t.TempDir(), strings.Repeat("x", 120)), Handler: &fake{}}, "invalid argument"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			_, err := NewServer(tc.o)
+			if err == nil || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("got %v, want %q", err, tc.want)
+			}
+		})
+	}
+}
+
+func TestNewServerTakesOver(t *testing.T) {
+	path := socket(t)
+	older, newer := &fake{}, &fake{}
+	start(t, ServerOptions{Socket: path, Handler: older}, os.Getuid(), serverBudget)
+	c := NewClient(path)
+	if err := c.Status(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	start(t, ServerOptions{Socket: path, Handler: newer}, os.Getuid(), serverBudget)
+	if err := c.Status(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if len(older.calls) != 1 || len(newer.calls) != 1 {
+		t.Errorf("older answered %v, newer %v", older.calls, newer.calls)
+	}
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(entries) != 1 {
+		t.Errorf("left beside the socket: %v", entries)
+	}
+}
+
+// A request that arrives before Run is answered once Run runs.
+func TestRequestsWaitForRun(t *testing.T) {
+	f := &fake{}
+	sock := socket(t)
+	s, err := newServer(ServerOptions{Socket: sock, Handler: f}, uint32(os.Getuid()), serverBudget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ran := make(chan error, 1)
+	d := net.Dialer{}
+	conn, err := d.DialContext(t.Context(), "unix", sock) // queued: nobody accepts yet
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() { ran <- s.Run(ctx) }()
+	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.0\r\n\r\n", path(verbStatus)); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	if _, err := b.ReadFrom(conn); err != nil || !strings.HasPrefix(b.String(), "HTTP/1.0 200") {
+		t.Errorf("got %q, %v", b.String(), err)
+	}
+	_ = conn.Close()
+	cancel()
+	if err := <-ran; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnavailable(t *testing.T) {
+	stale := socket(t)
+	s, err := newServer(ServerOptions{Socket: stale, Handler: &fake{}}, uint32(os.Getuid()), serverBudget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ln.Close(); err != nil {
+		t.Fatal(err)
+	}
+	silent := socket(t)
+	if _, err := newServer(ServerOptions{Socket: silent, Handler: &fake{}}, uint32(os.Getuid()), serverBudget); err != nil {
+		t.Fatal(err)
+	}
+	for _, tc := range []struct{ name, socket, want string }{
+		{"no socket", filepath.Join(t.TempDir(), "none"), "no such file or directory"},
+		{"nobody listens", stale, "connection refused"},
+		{"no answer", silent, "no answer within 100ms"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			c := newClient(tc.socket, 100*time.Millisecond)
+			err := c.Add(t.Context(), example())
+			if !errors.Is(err, ErrUnavailable) {
+				t.Fatalf("got %v", err)
+			}
+			prefix := "sluice agent is not available on this node (socket " + tc.socket + "): "
+			suffix := tc.want + "; pod sandbox creation is retried by the kubelet"
+			if !strings.HasPrefix(err.Error(), prefix) || !strings.HasSuffix(err.Error(), suffix) {
+				t.Errorf("got  %v\nwant %s...%s", err, prefix, suffix)
+			}
+			if err := c.Status(t.Context()); !errors.Is(err, ErrUnavailable) || strings.Contains(err.Error(), "kubelet") {
+				t.Errorf("Status: %v", err)
+			}
+		})
+	}
+}
+
+func TestBudgets(t *testing.T) {
+	if !(serverBudget < clientBudget && clientBudget < Budget) {
+		t.Errorf("server %v, client %v, all %v: each must be shorter than the next", serverBudget, clientBudget, Budget)
+	}
+	f := &fake{do: func(ctx context.Context) error {
+		<-ctx.Done()
+		return fmt.Errorf("wait for the proxy: %w", ctx.Err())
+	}}
+	path := socket(t)
+	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid(), 50*time.Millisecond)
+	// The agent's own words arrive, not only that there was no answer.
+	err := newClient(path, 10*time.Second).Add(t.Context(), example())
+	if err == nil || err.Error() != "wait for the proxy: context deadline exceeded" {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestRequestsThatAreRefused(t *testing.T) {
+	f := &fake{}
+	sock := socket(t)
+	start(t, ServerOptions{Socket: sock, Handler: f}, os.Getuid(), serverBudget)
+	c := NewClient(sock)
+	const whole = `{"containerID":"c","ifName":"eth0","netns":"/n","podNamespace":"a","podName":"b"}`
+	for _, tc := range []struct {
+		name, method, path, body string
+		code                     int
+		want                     string
+	}{
+		{"whole", "POST", path(verbAdd), whole, 200, `{}`},
+		{"no JSON", "POST", path(verbAdd), `hello`, 400, "invalid character"},
+		{"empty", "POST", path(verbAdd), ``, 400, "EOF"},
+		{"two values", "POST", path(verbAdd), whole + whole, 400, "more than one JSON value"},
+		{"unknown field", "POST", path(verbAdd), strings.Replace(whole, "{", `{"mood":1,`, 1), 400, "mood"},
+		{"wrong type", "POST", path(verbAdd), strings.Replace(whole, `"c"`, `1`, 1), 400, "containerID"},
+		{"no container", "POST", path(verbAdd), strings.Replace(whole, `"c"`, `""`, 1), 400, "containerID is missing"},
+		{"no netns", "POST", path(verbAdd), strings.Replace(whole, `"/n"`, `""`, 1), 400, "netns is missing"},
+		{"del without netns", "POST", path(verbDel), strings.Replace(whole, `"/n"`, `""`, 1), 200, `{}`},
+		{"bad address", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["10.1"]}],`, 1), 400, "10.1"},
+		{"empty address", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":[""]}],`, 1), 400, "want an IP address"},
+		{"zone", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["fe80::1%e"]}],`, 1), 400, "without zone"},
+		{"nameless interface", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"addrs":[]}],`, 1), 400, "no name"},
+		{"gc without list", "POST", path(verbGC), `{}`, 400, "valid is missing"},
+		{"gc null", "POST", path(verbGC), `{"valid":null}`, 400, "valid is missing"},
+		{"gc half", "POST", path(verbGC), `{"valid":[{"containerID":"c"}]}`, 400, "ifName"},
+		{"too large", "POST", path(verbAdd), `{"podName":"` + strings.Repeat("x", maxRequest) + `"}`, 413, "too large"},
+		{"unknown path", "POST", "/v1/nothing", whole, 400, "no such request: POST /v1/nothing"},
+		{"wrong method", "GET", path(verbAdd), "", 400, "no such request: GET /v1/add"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			req, err := http.NewRequestWithContext(t.Context(), tc.method, "http://agent"+tc.path, strings.NewReader(tc.body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			res, err := c.http.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = res.Body.Close() }()
+			var b bytes.Buffer
+			if _, err := b.ReadFrom(res.Body); err != nil {
+				t.Fatal(err)
+			}
+			if res.StatusCode != tc.code || !strings.Contains(b.String(), tc.want) {
+				t.Errorf("got %d %s, want %d ... %s", res.StatusCode, b.String(), tc.code, tc.want)
+			}
+		})
+	}
+	if diff := cmp.Diff([]string{"add", "del"}, f.calls); diff != "" {
+		t.Errorf("handler calls (-want +got):\n%s", diff)
+	}
+}
+
+func TestAddressesAreUnmapped(t *testing.T) {
+	f := &fake{}
+	sock := socket(t)
+	start(t, ServerOptions{Socket: sock, Handler: f}, os.Getuid(), serverBudget)
+	a := example()
+	a.Interfaces[0].Addrs = []netip.Addr{netip.MustParseAddr("::ffff:10.1.0.5")}
+	if err := NewClient(sock).Add(t.Context(), a); err != nil {
+		t.Fatal(err)
+	}
+	if got := f.last.Interfaces[0].Addrs[0]; got != netip.MustParseAddr("10.1.0.5") {
+		t.Errorf("handler saw %v", got)
+	}
+}
+
+// A request under way is finished when the server ends.
+func TestRunFinishesRequestsUnderWay(t *testing.T) {
+	entered, leave := make(chan struct{}), make(chan struct{})
+	f := &fake{do: func(context.Context) error {
+		close(entered)
+		<-leave
+		return nil
+	}}
+	sock := socket(t)
+	s, err := newServer(ServerOptions{Socket: sock, Handler: f}, uint32(os.Getuid()), serverBudget)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ran, added := make(chan error, 1), make(chan error, 1)
+	go func() { ran <- s.Run(ctx) }()
+	go func() { added <- NewClient(sock).Add(t.Context(), example()) }()
+	<-entered
+	cancel()
+	close(leave)
+	if err := <-added; err != nil {
+		t.Errorf("Add: %v", err)
+	}
+	if err := <-ran; err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte(`{"containerID":"c","ifName":"eth0","netns":"/n","podNamespace":"a","podName":"b","interfaces":[{"name":"eth0","addrs":["10.1.0.5","::ffff:10.1.0.6","fd00::5"]}]}`), true)
+	f.Add([]byte(`{"valid":[{"containerID":"c","ifName":"eth0"}]}`), false)
+	f.Add([]byte(`{"interfaces":[{"name":"e","addrs":["fe80::1%e"]}]}`), true)
+	f.Add([]byte(`[{}]`), true)
+	f.Add([]byte(`{} {}`), false)
+	f.Fuzz(func(t *testing.T, data []byte, attachment bool) {
+		if !attachment {
+			valid, err := decodeGC(bytes.NewReader(data))
+			if err == nil && valid == nil {
+				t.Errorf("no list and no error: %s", data)
+			}
+			return
+		}
+		a, err := decodeAttachment(bytes.NewReader(data), verbAdd)
+		if err != nil {
+			return
+		}
+		if a.ContainerID == "" || a.IfName == "" || a.Netns == "" || a.PodName == "" || a.PodNamespace == "" {
+			t.Errorf("accepted with a part missing: %s", data)
+		}
+		for _, i := range a.Interfaces {
+			for _, addr := range i.Addrs {
+				if !addr.IsValid() || addr.Is4In6() || addr.Zone() != "" {
+					t.Errorf("accepted address %v", addr)
+				}
+			}
+		}
+	})
+}
