@@ -79,6 +79,9 @@ type HTTPRule struct {
 	RequestTimeout time.Duration
 	// BackendTimeout bounds one try of a backend, 0 means no bound.
 	BackendTimeout time.Duration
+	// Unsupported is set, to the reason, when the rule asks for something that
+	// is not served, such as a filter; what it matches is answered 500.
+	Unsupported string
 }
 
 // An HTTPMatch matches when all of its parts do.
