@@ -106,7 +106,7 @@ func (ns Namespace) Ask(ctx context.Context, addr netip.AddrPort) (Answer, error
 // ReadAnswer reads the line that a Server sends first, and nothing behind it.
 func ReadAnswer(ctx context.Context, c net.Conn) (Answer, error) {
 	var a Answer
-	line, err := readLine(ctx, c)
+	line, err := ReadLine(ctx, c)
 	if err != nil {
 		return a, fmt.Errorf("read answer: %w", err)
 	}
@@ -122,7 +122,7 @@ func Echo(ctx context.Context, c net.Conn, text string) error {
 	if _, err := fmt.Fprintln(c, text); err != nil {
 		return fmt.Errorf("send line: %w", err)
 	}
-	line, err := readLine(ctx, c)
+	line, err := ReadLine(ctx, c)
 	if err != nil {
 		return fmt.Errorf("read echo: %w", err)
 	}
@@ -132,8 +132,9 @@ func Echo(ctx context.Context, c net.Conn, text string) error {
 	return nil
 }
 
-// readLine reads byte by byte, so that what follows stays in the socket.
-func readLine(ctx context.Context, c net.Conn) ([]byte, error) {
+// ReadLine reads one line with its end, byte by byte, so that what follows
+// stays in the socket. It closes c when ctx ends first.
+func ReadLine(ctx context.Context, c net.Conn) ([]byte, error) {
 	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
 	defer stop()
 	return bufio.NewReaderSize(byteReader{c}, 16).ReadBytes('\n')
