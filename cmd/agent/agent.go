@@ -1,0 +1,414 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sluicemesh/sluice/pkg/podwatch"
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+	"github.com/sluicemesh/sluice/pkg/xds"
+	"github.com/sluicemesh/sluice/pkg/xds/server"
+)
+
+// healInterval is how often the kernel is compared with what is wanted. All
+// changes are applied at once; this only mends what others broke.
+const healInterval = 30 * time.Second
+
+// A translator turns plans into xDS resources. *translate.Translator is one.
+// Errors come beside the resources that could be made.
+type translator interface {
+	Base(xds.OutboundPolicy) ([]xds.Resource, error)
+	Service(xds.Service) ([]xds.Resource, error)
+	Pod(xds.Pod) ([]xds.Resource, error)
+}
+
+// A sidecarServer serves the resources to the sidecars. *server.Server is one.
+type sidecarServer interface {
+	SetShared(owner string, resources []xds.Resource, since time.Time)
+	SetPod(pod server.Pod, resources []xds.Resource, since time.Time)
+	RemovePod(uid string)
+	Open(uid, netnsPath string, proxyUID uint32) error
+	ClosePod(uid string) error
+	SetReady()
+}
+
+// An agent makes the node do what the source and CNI say. Everything that it
+// changes it changes from one goroutine, that of Run: other goroutines hand it
+// functions with call.
+type agent struct {
+	log        *slog.Logger
+	store      *podwatch.Store
+	planner    planner
+	redirector redirect.Redirector
+	translator translator
+	sidecars   sidecarServer
+	// setPodAddrs tells the source which addresses CNI gave a pod.
+	setPodAddrs func(namespace, name string, addrs []netip.Addr)
+
+	calls chan func()
+	ready atomic.Bool
+
+	// Owned by the goroutine of Run.
+	boxes *sandboxes
+	pods  map[string]*podState // by container ID
+	fed   map[podwatch.Key][]podwatch.Key
+
+	mu       sync.Mutex
+	problems map[string]string // by object, for /readyz and metrics
+	counts   podCounts
+}
+
+// A podState is what the agent did for a sandbox.
+type podState struct {
+	pod      *podwatch.Pod // as last seen: a pod may be deleted before its sandbox is
+	services []podwatch.Key
+	workload *redirect.Workload // nil while the pod is not redirected
+}
+
+type podCounts struct{ redirected, untouched, failed int }
+
+// Run brings the node to what the source says once the source has been read,
+// and then follows every change, until ctx ends. It leaves the traffic as it is.
+func (a *agent) Run(ctx context.Context) error {
+	batches := make(chan podwatch.Batch)
+	watch := func() {
+		defer close(batches)
+		for {
+			b, err := a.store.Wait(ctx)
+			if err != nil {
+				return
+			}
+			select {
+			case batches <- b:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}
+	heal := time.NewTicker(healInterval)
+	defer heal.Stop()
+	synced, changed := a.store.Synced(), (chan podwatch.Batch)(nil)
+	defer func() {
+		for range changed { // until watch has ended
+		}
+	}()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-synced:
+			synced, changed = nil, batches
+			if err := a.start(ctx); err != nil {
+				return err
+			}
+			go watch()
+		case b, open := <-changed:
+			if open {
+				a.apply(ctx, b.Keys, b.Since)
+			}
+		case f := <-a.calls:
+			f()
+		case <-heal.C:
+			if a.ready.Load() {
+				a.heal(ctx)
+			}
+		}
+	}
+}
+
+// call runs f on the goroutine of Run and returns its error.
+func (a *agent) call(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	select {
+	case a.calls <- func() { done <- f() }:
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the agent's loop: %w", ctx.Err())
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the agent's loop: %w", ctx.Err())
+	}
+}
+
+// start does all there is to do after the source was read for the first time.
+// The sidecars get their configuration first: traffic is led only to listeners
+// that are there.
+func (a *agent) start(ctx context.Context) error {
+	now := time.Now()
+	for _, p := range []xds.OutboundPolicy{xds.OutboundPassthrough, xds.OutboundBlock} {
+		resources, err := a.translator.Base(p)
+		if err != nil {
+			return fmt.Errorf("translate what all sidecars share: %w", err)
+		}
+		a.sidecars.SetShared(baseOwner(p), resources, now)
+	}
+	var keys []podwatch.Key
+	for _, s := range a.store.Services() {
+		keys = append(keys, s.Key())
+	}
+	for _, r := range a.store.Routes() {
+		a.remember(r.Key())
+	}
+	a.applyServices(keys, now)
+	a.heal(ctx)
+	a.sidecars.SetReady()
+	a.ready.Store(true)
+	a.log.Info("node is in the desired state", "services", len(keys), "sandboxes", len(a.boxes.byID))
+	return nil
+}
+
+// heal brings every sandbox of the node, and nothing else, to be redirected as
+// wanted, whatever the kernel has now.
+func (a *agent) heal(ctx context.Context) {
+	for _, box := range a.boxes.all() {
+		if inode, err := netns.Inode(box.Netns); errors.Is(err, redirect.ErrGone) || err == nil && inode != box.NetnsInode {
+			a.forget(ctx, box)
+			continue
+		}
+		if err := a.applyPod(ctx, box, time.Now()); err != nil {
+			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
+		}
+	}
+	var want []redirect.Workload
+	for _, s := range a.pods {
+		if s.workload != nil {
+			want = append(want, *s.workload)
+		}
+	}
+	if err := redirect.Reconcile(ctx, a.redirector, want); err != nil {
+		a.log.Error("redirection differs from what is wanted", "err", err)
+		a.problem("redirection", err)
+		return
+	}
+	a.problem("redirection", nil)
+}
+
+// apply does what the changed objects ask for, and no more.
+func (a *agent) apply(ctx context.Context, keys []podwatch.Key, since time.Time) {
+	services := map[podwatch.Key]bool{}
+	boxes := map[string]sandbox{}
+	for _, key := range keys {
+		for _, s := range a.remember(key) {
+			services[s] = true
+		}
+		for _, box := range a.concerned(key) {
+			boxes[box.ContainerID] = box
+		}
+	}
+	var dirty []podwatch.Key
+	for key := range services {
+		dirty = append(dirty, key)
+	}
+	a.applyServices(dirty, since)
+	for _, box := range boxes {
+		if err := a.applyPod(ctx, box, since); err != nil {
+			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
+		}
+	}
+}
+
+// remember returns the services that an object feeds or fed before its change.
+func (a *agent) remember(key podwatch.Key) []podwatch.Key {
+	before, now := a.fed[key], feeds(a.store, key)
+	if _, exists := a.store.Get(key); exists {
+		a.fed[key] = now
+	} else {
+		delete(a.fed, key)
+	}
+	return append(slices.Clone(before), now...)
+}
+
+// concerned returns the sandboxes whose plan depends on an object.
+func (a *agent) concerned(key podwatch.Key) []sandbox {
+	switch key.Kind {
+	case podwatch.KindPod:
+		return a.boxes.of(key.Namespace, key.Name)
+	case podwatch.KindNamespace:
+		return slices.DeleteFunc(a.boxes.all(), func(b sandbox) bool { return b.Namespace != key.Name })
+	case podwatch.KindService: // it may decide the protocol of an inbound port
+		svc, _ := get[*podwatch.Service](a.store, key)
+		return slices.DeleteFunc(a.boxes.all(), func(b sandbox) bool {
+			s := a.pods[b.ContainerID]
+			return s == nil || b.Namespace != key.Namespace || !slices.Contains(s.services, key) && !selects(svc, s.pod)
+		})
+	}
+	return nil
+}
+
+func selects(svc *podwatch.Service, pod *podwatch.Pod) bool {
+	if svc == nil || pod == nil || len(svc.Selector) == 0 {
+		return false
+	}
+	for k, v := range svc.Selector {
+		if pod.Labels[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+// applyServices sends the sidecars what they need to know of services that
+// changed or went. What could be translated of a service takes effect.
+func (a *agent) applyServices(keys []podwatch.Key, since time.Time) {
+	for _, key := range keys {
+		var resources []xds.Resource
+		var err error
+		if svc, ok := get[*podwatch.Service](a.store, key); ok {
+			if model, ok := a.planner.service(a.store, svc); ok {
+				resources, err = a.translator.Service(model)
+			}
+		}
+		object := "service " + key.Namespace + "/" + key.Name
+		if err != nil {
+			a.log.Error("part of a service cannot be served", "service", key.Namespace+"/"+key.Name, "err", err)
+		}
+		a.problem(object, err)
+		a.sidecars.SetShared("service/"+key.Namespace+"/"+key.Name, resources, since)
+	}
+}
+
+// applyPod brings one sandbox to what its pod asks for: first the sidecar's
+// configuration and socket, then redirection. On an error with what the pod
+// asks for, what was in place before stays.
+func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) (err error) {
+	object := "pod " + box.Namespace + "/" + box.Name
+	defer func() { a.problem(object, err); a.count() }()
+
+	state := a.pods[box.ContainerID]
+	if state == nil {
+		state = &podState{}
+		a.pods[box.ContainerID] = state
+	}
+	if pod, ok := get[*podwatch.Pod](a.store, podwatch.Key{Kind: podwatch.KindPod, Namespace: box.Namespace, Name: box.Name}); ok {
+		state.pod = pod
+	}
+	if state.pod == nil {
+		return fmt.Errorf("pod %s/%s is not in the source", box.Namespace, box.Name)
+	}
+	state.services = nil
+	for _, s := range a.store.ServicesSelecting(state.pod) {
+		state.services = append(state.services, s.Key())
+	}
+	on, err := a.planner.enabled(a.store, state.pod)
+	if err != nil {
+		return err
+	}
+	if !on {
+		return a.release(ctx, box)
+	}
+	workload, err := a.planner.workload(state.pod, box)
+	if err != nil {
+		return err
+	}
+	sidecar, err := a.planner.sidecar(a.store, state.pod, box)
+	if err != nil {
+		return err
+	}
+	sidecar.UID = workload.ID.String() // a pod's sandbox may be made again while the old one still ends
+	resources, err := a.translator.Pod(sidecar)
+	if err != nil {
+		return fmt.Errorf("translate pod %s: %w", workload.Pod, err)
+	}
+	a.sidecars.SetPod(server.Pod{
+		UID: sidecar.UID, Namespace: sidecar.Namespace, Name: sidecar.Name, Base: baseOwner(sidecar.OutboundPolicy),
+	}, resources, since)
+	if err := a.sidecars.Open(sidecar.UID, box.Netns, workload.Policy.ProxyUID); err != nil {
+		return fmt.Errorf("open xDS socket of pod %s: %w", workload.Pod, err)
+	}
+	// From here on the pod's traffic is affected.
+	if err := a.redirector.Add(ctx, workload); err != nil {
+		return fmt.Errorf("redirect pod %s: %w", workload.Pod, err)
+	}
+	if state.workload == nil {
+		a.log.Info("pod is redirected", "pod", workload.Pod, "pod_uid", box.PodUID, "netns", box.NetnsInode)
+	}
+	state.workload = &workload
+	return nil
+}
+
+// release ends all that was done for a sandbox, redirection first.
+func (a *agent) release(ctx context.Context, box sandbox) error {
+	id := redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode}
+	if err := a.redirector.Remove(ctx, id); err != nil {
+		return fmt.Errorf("end redirection of pod %s/%s: %w", box.Namespace, box.Name, err)
+	}
+	if s := a.pods[box.ContainerID]; s != nil && s.workload != nil {
+		s.workload = nil
+		a.log.Info("pod is no longer redirected", "pod", box.Namespace+"/"+box.Name, "pod_uid", box.PodUID, "netns", box.NetnsInode)
+	}
+	err := a.sidecars.ClosePod(id.String())
+	a.sidecars.RemovePod(id.String())
+	if err != nil {
+		return fmt.Errorf("close xDS socket of pod %s/%s: %w", box.Namespace, box.Name, err)
+	}
+	return nil
+}
+
+// forget releases a sandbox that has ended. What cannot be released is mended
+// by the next heal, which takes away all that no sandbox asks for.
+func (a *agent) forget(ctx context.Context, box sandbox) {
+	if err := errors.Join(a.release(ctx, box), a.boxes.forget(box.ContainerID)); err != nil {
+		a.log.Warn("something of an ended pod is left until the next check", "pod", box.Namespace+"/"+box.Name, "err", err)
+	}
+	delete(a.pods, box.ContainerID)
+	if left := a.boxes.of(box.Namespace, box.Name); len(left) == 0 {
+		a.setPodAddrs(box.Namespace, box.Name, nil)
+		a.problem("pod "+box.Namespace+"/"+box.Name, nil)
+	}
+	a.count()
+}
+
+func baseOwner(p xds.OutboundPolicy) string { return "base/" + string(p) }
+
+// problem notes what is wrong with an object, or with nil that nothing is.
+func (a *agent) problem(object string, err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err == nil {
+		delete(a.problems, object)
+		return
+	}
+	a.problems[object] = err.Error()
+}
+
+// count notes how many sandboxes there are of each state.
+func (a *agent) count() {
+	var c podCounts
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for id, s := range a.pods {
+		box, known := a.boxes.byID[id]
+		_, failed := a.problems["pod "+box.Namespace+"/"+box.Name]
+		switch {
+		case !known:
+		case failed:
+			c.failed++
+		case s.workload != nil:
+			c.redirected++
+		default:
+			c.untouched++
+		}
+	}
+	a.counts = c
+}
+
+// report returns what count and problem noted.
+func (a *agent) report() (podCounts, map[string]string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	problems := make(map[string]string, len(a.problems))
+	for k, v := range a.problems {
+		problems[k] = v
+	}
+	return a.counts, problems
+}

@@ -1,0 +1,144 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"strings"
+
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/xds"
+)
+
+// A config is the command line of `sluice-agent run`, checked.
+type config struct {
+	sourceDir         string
+	node              string
+	backend           redirect.Backend
+	outboundPolicy    xds.OutboundPolicy
+	excludeNamespaces []string
+	cniSocket         string
+	httpAddr          string
+	kernel            kernelConfig
+	logLevel          slog.Level
+	logFormat         string
+}
+
+// A kernelConfig says where an agent keeps what outlives it. uninstall needs it
+// as well as run.
+type kernelConfig struct {
+	stateDir string
+	pinDir   string
+	cgroup   string
+}
+
+func (k *kernelConfig) register(fs *flag.FlagSet) {
+	fs.StringVar(&k.stateDir, "state-dir", "/run/sluice", "`directory` for what must outlive the agent but not the node's next boot")
+	fs.StringVar(&k.pinDir, "pin-dir", "/sys/fs/bpf/sluice", "`directory` in a bpffs, mounted if need be, for pinned maps and links")
+	fs.StringVar(&k.cgroup, "cgroup", "", "cgroup v2 `directory` to attach to; empty: found")
+}
+
+// flags returns an empty flag set for a subcommand.
+func flags(e env, name string) *flag.FlagSet {
+	fs := flag.NewFlagSet("sluice-agent "+name, flag.ContinueOnError)
+	fs.SetOutput(e.stderr)
+	return fs
+}
+
+// parse reads the environment first and the arguments, which win, after it.
+func parse(fs *flag.FlagSet, e env, args []string) error {
+	var errs []error
+	fs.VisitAll(func(f *flag.Flag) {
+		name := "SLUICE_" + strings.ToUpper(strings.ReplaceAll(f.Name, "-", "_"))
+		if v := e.getenv(name); v != "" {
+			if err := fs.Set(f.Name, v); err != nil {
+				errs = append(errs, fmt.Errorf("environment variable %s=%q: %w", name, v, err))
+			}
+		}
+	})
+	if err := errors.Join(errs...); err != nil {
+		_, _ = fmt.Fprintln(fs.Output(), err)
+		return errUsage
+	}
+	if err := fs.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return err
+		}
+		return errUsage
+	}
+	if fs.NArg() > 0 {
+		_, _ = fmt.Fprintf(fs.Output(), "unexpected argument %q\n", fs.Arg(0))
+		return errUsage
+	}
+	return nil
+}
+
+// parseConfig reads the command line of `run`. Every wrong value is named.
+func parseConfig(e env, args []string) (config, error) {
+	var c config
+	var source, backend, outbound, exclude, level string
+	fs := flags(e, "run")
+	fs.StringVar(&source, "source", "", "where pods and services come from: files:`DIRECTORY` of Kubernetes YAML, watched")
+	fs.StringVar(&c.node, "node", "", "`name` of this node; empty: the host's name")
+	fs.StringVar(&backend, "backend", string(redirect.BackendAuto), "redirection `backend`: auto, ebpf or iptables; auto takes ebpf where the node can")
+	fs.StringVar(&outbound, "outbound-policy", string(xds.OutboundPassthrough), "what becomes of connections to unknown destinations: passthrough or block")
+	fs.StringVar(&exclude, "exclude-namespaces", "kube-system", "comma-separated `namespaces` that are never redirected")
+	fs.StringVar(&c.cniSocket, "cni-socket", cniapi.DefaultSocket, "unix socket `path` on which the CNI plugin asks")
+	fs.StringVar(&c.httpAddr, "http-addr", ":15090", "`address` of /healthz, /readyz and /metrics")
+	fs.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
+	c.kernel.register(fs)
+	if err := parse(fs, e, args); err != nil {
+		return c, err
+	}
+
+	var errs []error
+	wrong := func(name, value, allowed string) {
+		errs = append(errs, fmt.Errorf("--%s %q: must be %s", name, value, allowed))
+	}
+	dir, isFiles := strings.CutPrefix(source, "files:")
+	if !isFiles || dir == "" {
+		wrong("source", source, "files:DIRECTORY")
+	}
+	c.sourceDir = dir
+	switch c.backend = redirect.Backend(backend); c.backend {
+	case redirect.BackendAuto, redirect.BackendEBPF, redirect.BackendIPTables:
+	default:
+		wrong("backend", backend, "auto, ebpf or iptables")
+	}
+	var err error
+	if c.outboundPolicy, err = parseOutboundPolicy(outbound); err != nil {
+		wrong("outbound-policy", outbound, "passthrough or block")
+	}
+	for _, ns := range strings.Split(exclude, ",") {
+		if ns = strings.TrimSpace(ns); ns != "" {
+			c.excludeNamespaces = append(c.excludeNamespaces, ns)
+		}
+	}
+	if err := c.logLevel.UnmarshalText([]byte(level)); err != nil {
+		wrong("log-level", level, "debug, info, warn or error")
+	}
+	if c.logFormat != "text" && c.logFormat != "json" {
+		wrong("log-format", c.logFormat, "text or json")
+	}
+	if c.node == "" {
+		if c.node, err = e.hostname(); err != nil {
+			errs = append(errs, fmt.Errorf("find the node's name, or give it as --node: %w", err))
+		}
+	}
+	if len(errs) > 0 {
+		_, _ = fmt.Fprintln(e.stderr, errors.Join(errs...))
+		return c, errUsage
+	}
+	return c, nil
+}
+
+func newLogger(e env, c config) *slog.Logger {
+	o := &slog.HandlerOptions{Level: c.logLevel}
+	if c.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(e.stderr, o))
+	}
+	return slog.New(slog.NewTextHandler(e.stderr, o))
+}

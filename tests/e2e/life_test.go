@@ -1,0 +1,498 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/sluicemesh/sluice/tests/netnstest"
+)
+
+// A load makes requests until it is stopped: half of its workers keep their
+// connections, half make a new one for each request.
+type load struct {
+	stop     context.CancelFunc
+	wg       sync.WaitGroup
+	requests atomic.Int64
+	mu       sync.Mutex
+	failures []string
+}
+
+func startLoad(t *testing.T, client *pod, url string) *load {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	l := &load{stop: cancel}
+	for i := range 4 {
+		l.wg.Go(func() {
+			c := client.httpClient(i%2 == 0)
+			for ctx.Err() == nil {
+				code, body, _, err := fetch(c, url)
+				l.requests.Add(1)
+				if err != nil || code != http.StatusOK {
+					l.mu.Lock()
+					l.failures = append(l.failures, fmt.Sprintf("%s: %d %q %v", time.Now().Format("15:04:05.000"), code, body, err))
+					l.mu.Unlock()
+				}
+			}
+		})
+	}
+	t.Cleanup(func() { cancel(); l.wg.Wait() })
+	return l
+}
+
+// more waits until a number of further requests was made.
+func (l *load) more(t *testing.T, count int64) {
+	t.Helper()
+	want := l.requests.Load() + count
+	eventually(t, func() bool { return l.requests.Load() >= want }, func() string { return "the load makes no progress" })
+}
+
+// finish ends the load and fails the test if one request failed.
+func (l *load) finish(t *testing.T) {
+	t.Helper()
+	l.stop()
+	l.wg.Wait()
+	t.Logf("%d requests, %d failed", l.requests.Load(), len(l.failures))
+	if len(l.failures) > 0 {
+		t.Errorf("%d of %d requests failed, first: %s", len(l.failures), l.requests.Load(), l.failures[0])
+	}
+}
+
+// TestAgentKilled: while the agent is away, running connections and new ones go
+// on as before; a new agent takes over without a gap.
+func TestAgentKilled(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		n, client, _ := newPair(t, backend)
+		held := dialFrom(t, client, vip4+":82")
+		r := bufio.NewReader(held)
+		mustEcho(t, held, r)
+		inbound := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`)
+		load := startLoad(t, client, "http://"+vip4+"/")
+		load.more(t, 100)
+		for range 3 {
+			n.killAgent()
+			load.more(t, 200)
+			mustEcho(t, held, r)
+			n.startAgent(t)
+			load.more(t, 200)
+			mustEcho(t, held, r)
+		}
+		load.finish(t)
+		if after := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`); after <= inbound {
+			t.Errorf("redirected inbound connections were %v and are %v: counters were lost", inbound, after)
+		}
+		// The new agent serves changes to Envoys that knew the old one.
+		n.service(t, "later", "10.96.7.9", "fd00:96::79", `{name: http, port: 80, targetPort: 8080}`)
+		client.waitService(t, "later", 80, 0)
+	})
+}
+
+// TestRollingEndpoints replaces the pod behind a service under load, as a
+// Deployment does: the new one is there, the old one terminates and leaves the
+// endpoints, then it dies.
+func TestRollingEndpoints(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		n := newNode(t, backend)
+		n.service(t, "web", vip4, vip6, `{name: http, port: 80, targetPort: 8080}`)
+		apply := func(name, metadata, ready string) {
+			yaml := n.podYAML(name, podSpec{metadata: ", labels: {app: web}" + metadata})
+			n.apply(t, "pod-"+name+".yaml", strings.TrimSuffix(yaml, "}")+fmt.Sprintf(", status: {conditions: [{type: Ready, status: %q}]}}", ready))
+		}
+		start := func(name string) *pod { // ready once its application listens
+			apply(name, "", "False")
+			p := n.sandbox(t, name)
+			if err := p.add(t); err != nil {
+				t.Fatal(err)
+			}
+			p.startEnvoy(t)
+			serve(t, p)
+			apply(name, "", "True")
+			return p
+		}
+		client := n.pod(t, "client", podSpec{})
+		old := start("web-0")
+		client.waitService(t, "web", 80, 1)
+		load := startLoad(t, client, "http://"+vip4+"/")
+		load.more(t, 100)
+		for i := 1; i <= 3; i++ {
+			next := start(fmt.Sprintf("web-%d", i))
+			client.waitService(t, "web", 80, 2)
+			load.more(t, 100)
+
+			changed := time.Now()
+			apply(old.name, `, deletionTimestamp: "2026-01-01T00:00:00Z"`, "True")
+			client.waitService(t, "web", 80, 1)
+			took := time.Since(changed)
+			t.Logf("the endpoint left the client's Envoy after %v", took.Round(time.Millisecond))
+			if took > time.Second {
+				t.Errorf("a change reached the client's Envoy after %v, want within a second", took)
+			}
+			load.more(t, 100)
+			old.envoy.Stop()
+			old.del(t)
+			if err := os.Remove(filepath.Join(n.source, "pod-"+old.name+".yaml")); err != nil {
+				t.Fatal(err)
+			}
+			load.more(t, 100)
+			old = next
+		}
+		load.finish(t)
+		old.envoy.Stop()
+		old.del(t)
+	})
+}
+
+// TestFailClosed: while a pod's Envoy does not listen, nobody reaches the bare
+// application and the pod reaches nobody; both are counted; when Envoy is back
+// everything works again.
+func TestFailClosed(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		n, client, server := newPair(t, backend)
+		plain := n.pod(t, "plain", podSpec{plain: true})
+		direct := netip.AddrPortFrom(server.v4, 8082).String()
+		before := dialFrom(t, plain, direct)
+		mustEcho(t, before, bufio.NewReader(before))
+
+		server.envoy.Stop()
+		client.envoy.Stop()
+		for what, dial := range map[string]struct {
+			from *pod
+			to   string
+		}{"inbound": {plain, direct}, "outbound": {client, netip.AddrPortFrom(plain.v4, 9).String()}} {
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			c, err := dial.from.Dial(ctx, "tcp", dial.to)
+			cancel()
+			if err == nil {
+				_ = c.Close()
+				t.Errorf("%s: a connection was made while no Envoy listens", what)
+			} else {
+				t.Logf("%s: %v", what, err)
+			}
+		}
+		if backend == "ebpf" {
+			if denied := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="denied"`); denied < 1 {
+				t.Errorf("%v denied inbound connections were counted, want at least 1", denied)
+			}
+		}
+		server.startEnvoy(t)
+		client.startEnvoy(t)
+		client.waitService(t, "server", 82, 1)
+		c := dialFrom(t, client, vip4+":82")
+		mustEcho(t, c, bufio.NewReader(c))
+	})
+}
+
+// TestPolicyChangesLive: an annotation takes effect on a running pod for new
+// connections, and an established one does not notice.
+func TestPolicyChangesLive(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		n, client, _ := newPair(t, backend)
+		plain := n.pod(t, "plain", podSpec{plain: true})
+		plain.serveTCP(t, 7000, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+		to := netip.AddrPortFrom(plain.v4, 7000).String()
+		captured := func() bool {
+			t.Helper()
+			before := client.stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`)
+			c := dialFrom(t, client, to)
+			mustEcho(t, c, bufio.NewReader(c))
+			_ = c.Close()
+			return client.stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`) == before+1
+		}
+		held := dialFrom(t, client, to)
+		r := bufio.NewReader(held)
+		mustEcho(t, held, r)
+		if !captured() {
+			t.Fatal("a connection was not captured before the policy changed")
+		}
+		for _, step := range []struct {
+			annotations string
+			want        bool
+		}{
+			{`sluice.dev/exclude-outbound-ports: "7000"`, false},
+			{`traffic.sidecar.istio.io/excludeOutboundPorts: "7001"`, true},
+			{fmt.Sprintf(`traffic.sidecar.istio.io/excludeOutboundIPRanges: "%s/32"`, plain.v4), false},
+			{``, true},
+		} {
+			n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: ", labels: {app: client}, annotations: {" + step.annotations + "}"}))
+			eventually(t, func() bool { return captured() == step.want }, func() string {
+				return fmt.Sprintf("with annotations {%s} captured is not %v", step.annotations, step.want)
+			})
+			mustEcho(t, held, r)
+		}
+
+		// A bad value is named and what was in force stays.
+		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: `, labels: {app: client}, annotations: {sluice.dev/exclude-outbound-ports: "7000,seven"}`}))
+		eventually(t, func() bool {
+			_, body, err := n.get("/readyz")
+			return err == nil && strings.Contains(body, "sluice.dev/exclude-outbound-ports") && strings.Contains(body, "seven")
+		}, func() string { return "/readyz does not name the annotation and the token" })
+		if !captured() {
+			t.Error("a policy with a bad value took effect in part")
+		}
+
+		// Capture off and on again.
+		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: `, labels: {app: client, sluice.dev/redirect: disabled}`}))
+		eventually(t, func() bool { return !captured() }, func() string { return "capture is not off" })
+		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{}))
+		eventually(t, captured, func() string { return "capture is not on again" })
+	})
+}
+
+// TestBackendChangesLive moves a running pod from eBPF to iptables and back.
+func TestBackendChangesLive(t *testing.T) {
+	if only := os.Getenv("BACKEND"); only == "iptables" {
+		t.Skip("BACKEND=iptables: needs a node with eBPF")
+	}
+	n, client, _ := newPair(t, "ebpf")
+	load := startLoad(t, client, "http://"+vip4+"/")
+	load.more(t, 50)
+	rules := func() bool {
+		out := client.Command(t, 0, "iptables-save", "-t", "nat")
+		b, err := out.CombinedOutput()
+		return err == nil && strings.Contains(string(b), "15001")
+	}
+	for _, backend := range []string{"iptables", "ebpf"} {
+		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: ", labels: {app: client}, annotations: {sluice.dev/backend: " + backend + "}"}))
+		eventually(t, func() bool { return rules() == (backend == "iptables") }, func() string { return "the pod did not move to " + backend })
+		load.more(t, 100)
+	}
+	load.finish(t)
+}
+
+// TestRoutes follows an HTTPRoute: a weight, a cookie, a header change, and
+// what matches nothing.
+func TestRoutes(t *testing.T) {
+	n := newNode(t, "auto")
+	n.service(t, "web", vip4, vip6, `{name: http, port: 80, targetPort: 8080}`)
+	client := n.pod(t, "client", podSpec{})
+	for i, name := range []string{"v1", "v2"} {
+		n.service(t, name, fmt.Sprintf("10.96.7.%d", 11+i), fmt.Sprintf("fd00:96::7%d", i+2), `{name: http, port: 80, targetPort: 8080}`)
+		serve(t, n.pod(t, name, podSpec{}))
+		client.waitService(t, name, 80, 1)
+	}
+	n.apply(t, "route.yaml", `
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: web, namespace: e2e}
+spec:
+  parentRefs: [{group: "", kind: Service, name: web}]
+  rules:
+  - matches: [{path: {type: PathPrefix, value: /shop}, headers: [{name: cookie, type: RegularExpression, value: "(.*; *)?user=ada(;.*)?"}]}]
+    filters: [{type: ResponseHeaderModifier, responseHeaderModifier: {set: [{name: x-version, value: two}]}}]
+    backendRefs: [{name: v2, port: 80}]
+  - matches: [{path: {type: PathPrefix, value: /shop}}]
+    backendRefs: [{name: v1, port: 80, weight: 90}, {name: v2, port: 80, weight: 10}]
+  - matches: [{path: {type: Exact, value: /broken}}]
+    backendRefs: [{name: missing, port: 80}]
+`)
+	c := client.httpClient(true)
+	eventually(t, func() bool {
+		code, _, _, err := fetch(c, "http://"+vip4+"/nothing")
+		return err == nil && code == http.StatusNotFound
+	}, func() string { return "what matches no rule is not answered 404" })
+	if code, _, _, err := fetch(c, "http://"+vip4+"/broken"); err != nil || code != http.StatusInternalServerError {
+		t.Errorf("a backend that is not there answers %d, %v; want 500", code, err)
+	}
+	for range 20 {
+		_, body, header, err := fetch(c, "http://"+vip4+"/shop/cart", "Cookie", "a=b; user=ada")
+		if err != nil || !strings.HasPrefix(body, "v2 ") || header.Get("X-Version") != "two" {
+			t.Fatalf("with the cookie: %q, x-version %q, %v; want v2", body, header.Get("X-Version"), err)
+		}
+	}
+	const count = 1000
+	second := 0
+	for range count {
+		code, body, _, err := fetch(c, "http://"+vip4+"/shop")
+		if err != nil || code != 200 {
+			t.Fatalf("answer %d %q, %v", code, body, err)
+		}
+		if strings.HasPrefix(body, "v2 ") {
+			second++
+		}
+	}
+	// Six standard deviations of a binomial distribution: fails by chance once in 10^9 runs.
+	if slack := 6 * math.Sqrt(count*.1*.9); math.Abs(float64(second)-count*.1) > slack {
+		t.Errorf("%d of %d requests went to the backend with weight 10 of 100", second, count)
+	}
+	t.Logf("%d of %d requests went to the backend with weight 10 of 100", second, count)
+}
+
+// TestBrokenDocument: it is reported with file, line and field, and what was
+// there before stays.
+func TestBrokenDocument(t *testing.T) {
+	n, client, _ := newPair(t, "auto")
+	n.apply(t, "service-server.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: server, namespace: e2e}\nspec:\n  clusterIP: 10.96.7.1\n  ports:\n  - {name: http, port: eighty}\n")
+	eventually(t, func() bool {
+		_, body, err := n.get("/readyz")
+		return err == nil && strings.Contains(body, "service-server.yaml:7") && strings.Contains(body, "spec.ports[0].port")
+	}, func() string {
+		_, body, _ := n.get("/readyz")
+		return "/readyz does not name file, line and field:\n" + body
+	})
+	if code, body, _, err := fetch(client.httpClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
+		t.Errorf("after a broken change the service answers %d %q, %v", code, body, err)
+	}
+}
+
+// TestXDSSocketIsTheProxysAlone: any other process of the pod is refused.
+func TestXDSSocketIsTheProxysAlone(t *testing.T) {
+	n := newNode(t, "auto")
+	p := n.pod(t, "a", podSpec{})
+	err := p.Do(func() error {
+		c, err := net.Dial("unix", "@sluice/xds")
+		if err != nil {
+			return fmt.Errorf("dial: %w", err)
+		}
+		defer func() { _ = c.Close() }()
+		_ = c.SetDeadline(time.Now().Add(deadline))
+		if _, err := io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); err != nil {
+			return nil // refused before it was read
+		}
+		if n, err := c.Read(make([]byte, 1)); n > 0 || os.IsTimeout(err) {
+			return errors.New("a process that is not the proxy was served")
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// TestAgentDown: a pod cannot be added without the agent, and is told why.
+func TestAgentDown(t *testing.T) {
+	n := newNode(t, "auto")
+	n.apply(t, "pod-a.yaml", n.podYAML("a", podSpec{}))
+	n.killAgent()
+	p := n.sandbox(t, "a")
+	start := time.Now()
+	err := p.add(t)
+	if err == nil || !strings.Contains(err.Error(), "agent") || time.Since(start) > 6*time.Second {
+		t.Errorf("ADD without an agent: %v after %v; want an error that says so within 5 s", err, time.Since(start))
+	}
+	p.del(t)
+	n.startAgent(t)
+	if err := p.add(t); err != nil {
+		t.Errorf("ADD with the agent back: %v", err)
+	}
+	p.del(t)
+}
+
+// TestUninstallLeavesNothing compares pod and machine with how they were before
+// Sluice was there.
+func TestUninstallLeavesNothing(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		before := kernelState(t)
+		n := newNode(t, backend)
+		n.service(t, "server", vip4, vip6, serverPorts)
+		n.apply(t, "pod-a.yaml", n.podYAML("a", podSpec{}))
+		p := n.sandbox(t, "a")
+		chain := n.conf.Plugins
+		n.conf.Plugins = chain[:1] // the bridge alone
+		if err := p.add(t); err != nil {
+			t.Fatal(err)
+		}
+		// Its address is another one each time.
+		state := func() netnstest.State {
+			s := p.State(t)
+			for i := range s {
+				s[i] = strings.NewReplacer(p.v4.String(), "V4", p.v6.String(), "V6").Replace(s[i])
+			}
+			slices.Sort(s)
+			return s
+		}
+		bare := state()
+		p.del(t)
+		n.conf.Plugins = chain
+		if err := p.add(t); err != nil {
+			t.Fatal(err)
+		}
+		p.startEnvoy(t)
+		client := dialFrom(t, p, vip4+":82") // leaves state of a connection behind
+		_ = client.Close()
+		p.envoy.Stop()
+		if diff := bare.Diff(state()); diff == "" {
+			t.Error("a redirected pod cannot be told from a bare one: this test would see nothing")
+		}
+
+		n.killAgent()
+		out, err := exec.Command(filepath.Join(n.bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir()).CombinedOutput()
+		if err != nil {
+			t.Fatalf("uninstall: %v\n%s", err, out)
+		}
+		eventually(t, func() bool { return bare.Diff(state()) == "" }, func() string {
+			return "the pod is not as it was before, -before +after:\n" + bare.Diff(state())
+		})
+		eventually(t, func() bool { return cmp.Equal(before, kernelState(t)) }, func() string {
+			return "the machine is not as it was before, -before +after:\n" + cmp.Diff(before, kernelState(t))
+		})
+		n.conf.Plugins = chain[:1]
+		p.del(t)
+	})
+}
+
+// kernelState lists the machine's eBPF programs, maps and links that Sluice's
+// data plane could have made, and its pins.
+func kernelState(t *testing.T) []string {
+	t.Helper()
+	var state []string
+	ours := map[ebpf.ProgramID]bool{}
+	for id := ebpf.ProgramID(0); ; {
+		next, err := ebpf.ProgramGetNextID(id)
+		if err != nil {
+			break // the last one
+		}
+		id = next
+		p, err := ebpf.NewProgramFromID(id)
+		if err != nil {
+			continue // gone in between
+		}
+		if info, err := p.Info(); err == nil && strings.HasPrefix(info.Name, "sl_") {
+			state = append(state, fmt.Sprintf("program %d %s", id, info.Name))
+			ours[id] = true
+		}
+		_ = p.Close()
+	}
+	for id := ebpf.MapID(0); ; {
+		next, err := ebpf.MapGetNextID(id)
+		if err != nil {
+			break
+		}
+		id = next
+		m, err := ebpf.NewMapFromID(id)
+		if err != nil {
+			continue
+		}
+		if info, err := m.Info(); err == nil && strings.HasPrefix(info.Name, "sl_") {
+			state = append(state, fmt.Sprintf("map %d %s", id, info.Name))
+		}
+		_ = m.Close()
+	}
+	for it := new(link.Iterator); it.Next(); {
+		if info, err := it.Link.Info(); err == nil && ours[info.Program] {
+			state = append(state, fmt.Sprintf("link %d of program %d", info.ID, info.Program))
+		}
+	}
+	if _, err := os.Stat(pinDir()); err == nil {
+		state = append(state, pinDir())
+	}
+	return state
+}
