@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -89,7 +90,11 @@ func (s server) serveReviews(ctx context.Context, target string) error {
 	}
 	defer func() { _ = conn.Close() }()
 	return s.serveHTTP(ctx, func(r *http.Request) ([]Call, error) {
-		c, err := rate(r.Context(), conn, target)
+		ctx := r.Context()
+		if id := r.Header.Get("X-Request-Id"); id != "" {
+			ctx = metadata.AppendToOutgoingContext(ctx, "x-request-id", id)
+		}
+		c, err := rate(ctx, conn, target)
 		if err != nil {
 			return nil, err
 		}

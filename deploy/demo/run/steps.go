@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -33,9 +34,9 @@ func (n *node) oneRequest(ctx context.Context) error {
 	n.out.line("What the programs saw of their connections:")
 	n.hop("client", "http://productpage:9080/", r.Local, r.Remote, *r.Last)
 
-	n.out.line("\nWhat the Envoys saw (access logs; \"original\" is where the program had dialled):")
+	n.out.line("\nWhat the Envoys saw, from their access logs:")
 	names := []string{"client", "productpage", "details-1", "reviews-v2", "ratings"}
-	entries := map[string][]string{}
+	entries := map[string][]logEntry{}
 	err = waitFor(ctx, "the access logs of the Envoys", nil, func() error {
 		for _, name := range names {
 			if entries[name], err = accessLog(n.pod(name).envoy.log, id); err != nil {
@@ -51,8 +52,12 @@ func (n *node) oneRequest(ctx context.Context) error {
 		return err
 	}
 	for _, name := range names {
+		p := n.pod(name)
 		for _, e := range entries[name] {
-			n.out.line("  %-12s %s", name, e)
+			ok := e.Direction == "outbound" && n.isVIP(e.Destination.Addr()) && e.Source.Addr() == p.addr ||
+				e.Direction == "inbound" && e.Destination == netip.AddrPortFrom(p.addr, 9080)
+			n.out.expect(ok, "%-11s %-8s from %s, original destination %s, sent on to %s from %s: %s %s -> %d",
+				name, e.Direction, e.Source, e.Destination, e.Upstream, e.UpstreamFrom, e.Method, e.Path, e.Status)
 		}
 	}
 	return nil
@@ -80,16 +85,34 @@ func (n *node) clusterIP(service string) netip.Addr {
 	return netip.Addr{}
 }
 
-// accessLog returns the lines of an Envoy's log that belong to a request.
-func accessLog(path, id string) ([]string, error) {
+func (n *node) isVIP(a netip.Addr) bool {
+	return slices.ContainsFunc(n.services, func(s object) bool { return s.str("spec", "clusterIP") == a.String() })
+}
+
+// A logEntry is what the demo shows of a line of the access log.
+type logEntry struct {
+	Direction    string
+	Source       netip.AddrPort
+	Destination  netip.AddrPort
+	Upstream     string
+	UpstreamFrom string `json:"upstream_from"`
+	Method, Path string
+	Status       int
+	RequestID    string `json:"request_id"`
+}
+
+// accessLog returns the entries of an Envoy's access log that belong to a request.
+func accessLog(path, id string) ([]logEntry, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("read log of Envoy: %w", err)
 	}
-	var out []string
+	var out []logEntry
 	for _, line := range strings.Split(string(b), "\n") {
-		if strings.Contains(line, id) {
-			out = append(out, line)
+		var e logEntry
+		// Other lines are Envoy's own, or not written to their end yet.
+		if json.Unmarshal([]byte(line), &e) == nil && e.RequestID == id {
+			out = append(out, e)
 		}
 	}
 	return out, nil
