@@ -16,12 +16,17 @@ const usage = `usage: demo run [--backend auto|ebpf|iptables] [--keep]
        demo clean
        demo exec [--uid N] POD COMMAND...`
 
+var errUsage = errors.New("wrong usage")
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	err := run(ctx, os.Args[1:])
 	stop()
 	switch {
 	case errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, errUsage):
+		fmt.Fprintln(os.Stderr, usage)
+		os.Exit(2)
 	case errors.Is(err, context.Canceled):
 		fmt.Fprintln(os.Stderr, "demo: interrupted")
 		os.Exit(130)
@@ -33,7 +38,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New(usage)
+		return errUsage
 	}
 	o, err := defaults()
 	if err != nil {
@@ -58,11 +63,11 @@ func run(ctx context.Context, args []string) error {
 		return clean(o)
 	case "exec":
 		if fs.NArg() < 2 {
-			return errors.New(usage)
+			return errUsage
 		}
 		return enter(fs.Arg(0), *uid, fs.Args()[1:])
 	}
-	return fmt.Errorf("unknown command %q\n%s", args[0], usage)
+	return errUsage
 }
 
 // Names of everything that the demo makes. Nothing of an installed Sluice has them.
