@@ -59,8 +59,8 @@ func runHost(ctx context.Context, o options) (err error) {
 		if kept {
 			return
 		}
-		if err != nil {
-			err = errors.Join(err, saveLogs(out))
+		if err != nil && ctx.Err() == nil {
+			err = errors.Join(err, showLogs(out))
 		}
 		err = errors.Join(err, clean(o))
 		after, snapErr := snapshot()
@@ -104,8 +104,8 @@ func runHost(ctx context.Context, o options) (err error) {
 	return nil
 }
 
-// saveLogs keeps the end of every log, which cleaning up removes, for the eye.
-func saveLogs(out *printer) error {
+// showLogs prints the end of every log, before cleaning up removes them.
+func showLogs(out *printer) error {
 	files, err := filepath.Glob(filepath.Join(stateDir, "log", "*"))
 	if err != nil {
 		return err
