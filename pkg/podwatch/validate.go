@@ -10,6 +10,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/validate/content"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"k8s.io/apimachinery/pkg/util/validation"
@@ -62,8 +63,8 @@ func (c *check) protocol(at *field.Path, p corev1.Protocol) {
 
 func (c *check) labels(at *field.Path, labels map[string]string) {
 	for k, v := range labels {
-		c.all(at.Key(k), k, validation.IsQualifiedName(k)) //nolint:staticcheck // the replacement is not for label keys
-		c.all(at.Key(k), v, validation.IsValidLabelValue(v))
+		c.all(at.Key(k), k, content.IsLabelKey(k))
+		c.all(at.Key(k), v, content.IsLabelValue(v))
 	}
 }
 
@@ -80,7 +81,7 @@ func (c *check) meta(m *metav1.ObjectMeta, namespaced bool, name func(string) []
 	}
 	c.labels(at.Child("labels"), m.Labels)
 	for k := range m.Annotations {
-		c.all(at.Child("annotations").Key(k), k, validation.IsQualifiedName(strings.ToLower(k))) //nolint:staticcheck // as above
+		c.all(at.Child("annotations").Key(k), k, content.IsLabelKey(strings.ToLower(k)))
 	}
 }
 
@@ -212,6 +213,9 @@ func (c *check) servicePorts(at *field.Path, ports []corev1.ServicePort) {
 func validateSlice(in *discoveryv1.EndpointSlice) field.ErrorList {
 	var c check
 	c.meta(&in.ObjectMeta, true, validation.IsDNS1123Subdomain)
+	if strings.Contains(in.Name, derivedInfix) {
+		c.invalid(field.NewPath("metadata", "name"), in.Name, "must not contain "+derivedInfix+", as the names of derived slices do")
+	}
 	if c.required(field.NewPath("addressType"), in.AddressType == "") {
 		oneOf(&c, field.NewPath("addressType"), in.AddressType, discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6)
 	}
