@@ -41,7 +41,8 @@ tools: ## Envoy and the CNI plugins into .tools/, iptables and ip from apt where
 	$(SETUP) envoy cni iptables iproute
 
 tools-demo:
-	$(SETUP) envoy cni $(if $(filter ebpf,$(BACKEND)),,iptables)
+	$(SETUP) envoy cni $(if $(filter iptables,$(BACKEND)),iptables)
+	$(if $(filter auto,$(BACKEND)),OPTIONAL=1 $(SETUP) iptables)
 
 generate: ## Compile bpf/ into pkg/redirect/bpf (clang 19; the results are committed)
 	$(SETUP) clang
