@@ -1,0 +1,542 @@
+// SPDX-License-Identifier: Apache-2.0 OR GPL-2.0
+/*
+ * The data plane: steers the TCP connections of pods to their sidecar Envoy.
+ *
+ * Outbound: connect remembers where a socket wants to go and sends it to the
+ * proxy on the pod's own address; sockops hands the destination over to the
+ * socket that the proxy accepts; getsockopt and getpeername answer with it.
+ * Inbound: tcx sees to it that the proxy's listener is known, sk_lookup gives
+ * it the connection. No packet is changed in either direction.
+ *
+ * A socket or packet that belongs to no pod of ours is left alone.
+ */
+#include "policy.h"
+
+/* Licensed under the GPL too, which is the name that the kernel knows. */
+char LICENSE[] SEC("license") = "GPL";
+
+/* Keeps the destination with the socket, and with the MPTCP socket above it. */
+static __always_inline bool sl_remember(struct bpf_sock *sk, const struct sl_target *target)
+{
+	struct sl_target *t = bpf_sk_storage_get(&targets, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!t)
+		return false;
+	*t = *target;
+	if (sl_have_mptcp) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		if (msk) {
+			t = bpf_sk_storage_get(&targets, msk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+			if (t)
+				*t = *target;
+		}
+	}
+	return true;
+}
+
+static __always_inline void sl_forget(struct bpf_sock *sk)
+{
+	bpf_sk_storage_delete(&targets, sk);
+	if (sl_have_mptcp) {
+		struct mptcp_sock *msk = bpf_skc_to_mptcp_sock(sk);
+
+		if (msk)
+			bpf_sk_storage_delete(&targets, msk);
+	}
+}
+
+enum sl_connect_verdict {
+	SL_CONNECT_DENY = 0, /* connect() fails with EPERM */
+	SL_CONNECT_ALLOW = 1,
+};
+
+/*
+ * Decides on a connect to dst. On SL_CONNECT_ALLOW with *port set the caller
+ * must lead the socket to that port of the pod's own address *own.
+ */
+static __always_inline int sl_connect(struct bpf_sock_addr *ctx, const union sl_addr *dst,
+				      union sl_addr *own, __u16 *port)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct sl_pod *pod = bpf_map_lookup_elem(&pods, &netns);
+	struct sl_target target = {.addr = *dst, .port_be = ctx->user_port, .role = SL_DIALED};
+	struct sl_dial dial = {.dst = *dst, .port = bpf_ntohs(ctx->user_port)};
+	struct bpf_sock *sk = ctx->sk;
+	enum sl_reason reason;
+
+	if (!pod || !sk)
+		return SL_CONNECT_ALLOW;
+	dial.src = sl_sock_source(sk);
+	dial.uid = bpf_get_current_uid_gid();
+	dial.mark = sl_u32(sk->mark);
+	dial.bound_if = sl_u32(sk->bound_dev_if);
+	reason = sl_outbound(pod, &dial);
+	if (reason != SL_OUT_CAPTURED && reason != SL_OUT_SELF_CALL) {
+		sl_count(netns, reason);
+		/*
+		 * The socket may have been led to the proxy before, in vain. But
+		 * while the hook moves to another cgroup it runs twice, and the
+		 * second run finds the proxy's port as the destination.
+		 */
+		if (dial.port != SL_OUTBOUND_PORT && dial.port != SL_INBOUND_PORT)
+			sl_forget(sk);
+		return reason == SL_OUT_ADMIN_PORT ? SL_CONNECT_DENY : SL_CONNECT_ALLOW;
+	}
+	if (!sl_remember(sk, &target)) {
+		/* The proxy could not learn the destination: fail here. */
+		sl_count(netns, SL_OUT_NO_MEMORY);
+		return SL_CONNECT_DENY;
+	}
+	/* Counted when it is known how the connection ends: see sockops. */
+	*own = sl_is4(dst) ? sl_addr4(pod->ip4_be) : pod->ip6;
+	*port = reason == SL_OUT_CAPTURED ? SL_OUTBOUND_PORT : SL_INBOUND_PORT;
+	return SL_CONNECT_ALLOW;
+}
+
+/* MPTCP sockets come as protocol 262 and would slip past a test for TCP. */
+static __always_inline bool sl_is_tcp(struct bpf_sock_addr *ctx)
+{
+	return ctx->type == SOCK_STREAM &&
+	       (ctx->protocol == IPPROTO_TCP || ctx->protocol == IPPROTO_MPTCP);
+}
+
+SEC("cgroup/connect4")
+int sl_connect4(struct bpf_sock_addr *ctx)
+{
+	union sl_addr dst = sl_addr4(ctx->user_ip4), own;
+	__u16 port = 0;
+	int verdict;
+
+	if (!sl_is_tcp(ctx))
+		return SL_CONNECT_ALLOW;
+	verdict = sl_connect(ctx, &dst, &own, &port);
+	if (port) {
+		ctx->user_ip4 = own.word_be[3];
+		ctx->user_port = bpf_htons(port);
+	}
+	return verdict;
+}
+
+SEC("cgroup/connect6")
+int sl_connect6(struct bpf_sock_addr *ctx)
+{
+	union sl_addr dst = sl_read6(ctx->user_ip6), own;
+	__u16 port = 0;
+	int verdict;
+
+	if (!sl_is_tcp(ctx))
+		return SL_CONNECT_ALLOW;
+	verdict = sl_connect(ctx, &dst, &own, &port);
+	if (port) {
+		ctx->user_ip6[0] = own.word_be[0];
+		ctx->user_ip6[1] = own.word_be[1];
+		ctx->user_ip6[2] = own.word_be[2];
+		ctx->user_ip6[3] = own.word_be[3];
+		ctx->user_port = bpf_htons(port);
+	}
+	return verdict;
+}
+
+/* What a socket that was led to the proxy should see as its peer, or NULL. */
+static __always_inline struct sl_target *sl_dialed(struct bpf_sock *sk)
+{
+	struct sl_target *t = sk ? bpf_sk_storage_get(&targets, sk, 0, 0) : 0;
+
+	return t && t->role == SL_DIALED ? t : 0;
+}
+
+SEC("cgroup/getpeername4")
+int sl_getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct sl_target *t = sl_dialed(ctx->sk);
+
+	if (t) {
+		ctx->user_ip4 = t->addr.word_be[3];
+		ctx->user_port = t->port_be;
+	}
+	return SL_CONNECT_ALLOW;
+}
+
+SEC("cgroup/getpeername6")
+int sl_getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct sl_target *t = sl_dialed(ctx->sk);
+
+	if (t) {
+		ctx->user_ip6[0] = t->addr.word_be[0];
+		ctx->user_ip6[1] = t->addr.word_be[1];
+		ctx->user_ip6[2] = t->addr.word_be[2];
+		ctx->user_ip6[3] = t->addr.word_be[3];
+		ctx->user_port = t->port_be;
+	}
+	return SL_CONNECT_ALLOW;
+}
+
+/* The client's SYN is about to leave, so its port is known: publish. */
+static __always_inline void sl_publish(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sl_target *t = sl_dialed(sk);
+	struct sl_target accepted;
+	struct sl_flow_key k;
+
+	if (!t)
+		return;
+	k = sl_flow_local(ctx);
+	accepted = *t;
+	accepted.role = SL_ACCEPTED;
+	if (bpf_map_update_elem(&handover, &k, &accepted, BPF_ANY)) {
+		/*
+		 * Without a destination the proxy can only close the connection,
+		 * which is what must happen: it must not get past the proxy.
+		 */
+		sl_count(k.netns, SL_OUT_HANDOVER_FULL);
+		sl_forget(sk);
+		return;
+	}
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* The proxy has accepted the client. */
+static __always_inline void sl_reached(struct bpf_sock_ops *ctx)
+{
+	if (!sl_dialed(ctx->sk))
+		return;
+	sl_count(bpf_get_netns_cookie(ctx), bpf_ntohl(ctx->remote_port) == SL_OUTBOUND_PORT
+						    ? SL_OUT_CAPTURED
+						    : SL_OUT_SELF_CALL);
+}
+
+/* The client's end closes: take back what the proxy has not taken. */
+static __always_inline void sl_retract(struct bpf_sock_ops *ctx)
+{
+	struct sl_flow_key k;
+
+	if (!sl_dialed(ctx->sk))
+		return;
+	k = sl_flow_local(ctx);
+	bpf_map_delete_elem(&handover, &k);
+	if (ctx->args[0] == BPF_TCP_SYN_SENT)
+		sl_count(k.netns, SL_OUT_PROXY_DOWN);
+}
+
+/* The proxy's end is established: move the destination to its socket. */
+static __always_inline void sl_take(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sl_target target, *t;
+	struct sl_flow_key k;
+
+	if (!sk || (ctx->local_port != SL_OUTBOUND_PORT && ctx->local_port != SL_INBOUND_PORT))
+		return;
+	k = sl_flow_remote(ctx);
+	t = bpf_map_lookup_elem(&handover, &k);
+	if (!t)
+		return;
+	target = *t;
+	/* Out of memory: the proxy learns no destination and closes. */
+	if (!sl_remember(sk, &target))
+		sl_count(k.netns, SL_OUT_NO_MEMORY);
+	bpf_map_delete_elem(&handover, &k);
+}
+
+SEC("sockops")
+int sl_sockops(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		sl_publish(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		sl_reached(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		sl_take(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[1] == BPF_TCP_CLOSE)
+			sl_retract(ctx);
+		break;
+	}
+	return SK_PASS;
+}
+
+/*
+ * The original destination of a socket: what was remembered, else, for an
+ * inbound connection that sk_lookup gave to the proxy, the local address.
+ */
+static __always_inline bool sl_original(struct bpf_sockopt *ctx, struct sl_target *out)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct sl_target *t;
+	struct sl_pod *pod;
+	union sl_addr own;
+	__u32 port;
+	__u64 netns;
+
+	if (!sk)
+		return false;
+	t = bpf_sk_storage_get(&targets, sk, 0, 0);
+	if (t) {
+		*out = *t;
+		return true;
+	}
+	netns = bpf_get_netns_cookie(ctx);
+	pod = bpf_map_lookup_elem(&pods, &netns);
+	if (!pod || (__u32)bpf_get_current_uid_gid() != pod->proxy_uid)
+		return false;
+	port = sl_u32(sk->src_port);
+	/* Dialled directly: there is no other destination than the proxy. */
+	if (port == SL_OUTBOUND_PORT || port == SL_INBOUND_PORT)
+		return false;
+	out->addr = sl_sock_source(sk);
+	out->port_be = bpf_htons((__u16)port);
+	own = sl_is4(&out->addr) ? sl_addr4(pod->ip4_be) : pod->ip6;
+	return sl_same(&out->addr, &own) && sl_u32(sk->state) != BPF_TCP_LISTEN;
+}
+
+/* Writes one 32-bit word of the answer; merged stores do not verify. */
+#define SL_PUT(dst, val)                                                                           \
+	do {                                                                                       \
+		*(volatile typeof(dst) *)&(dst) = (val);                                           \
+	} while (0)
+
+static __always_inline void sl_answer4(struct bpf_sockopt *ctx, const struct sl_target *t)
+{
+	struct sockaddr_in *sa = ctx->optval;
+
+	if ((void *)(sa + 1) > ctx->optval_end || ctx->optlen < (int)sizeof(*sa)) {
+		SL_PUT(ctx->retval, -EINVAL);
+		return;
+	}
+	sa->sin_family = AF_INET;
+	sa->sin_port = t->port_be;
+	sa->sin_addr = t->addr.word_be[3];
+	__builtin_memset(sa->pad, 0, sizeof(sa->pad));
+	SL_PUT(ctx->optlen, sizeof(*sa));
+	SL_PUT(ctx->retval, 0);
+}
+
+static __always_inline void sl_answer6(struct bpf_sockopt *ctx, const struct sl_target *t)
+{
+	struct sockaddr_in6 *sa = ctx->optval;
+
+	if ((void *)(sa + 1) > ctx->optval_end || ctx->optlen < (int)sizeof(*sa)) {
+		SL_PUT(ctx->retval, -EINVAL);
+		return;
+	}
+	sa->sin6_family = AF_INET6;
+	sa->sin6_port = t->port_be;
+	sa->sin6_flowinfo = 0;
+	sa->sin6_addr[0] = t->addr.word_be[0];
+	sa->sin6_addr[1] = t->addr.word_be[1];
+	sa->sin6_addr[2] = t->addr.word_be[2];
+	sa->sin6_addr[3] = t->addr.word_be[3];
+	sa->sin6_scope_id = 0;
+	SL_PUT(ctx->optlen, sizeof(*sa));
+	SL_PUT(ctx->retval, 0);
+}
+
+enum {
+	SL_SOCKOPT_RETURN = 1, /* getsockopt() returns what the context says */
+};
+
+SEC("cgroup/getsockopt")
+int sl_getsockopt(struct bpf_sockopt *ctx)
+{
+	struct sl_target t = {};
+	bool mapped;
+
+	/* SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST have the same number. */
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
+		return SL_SOCKOPT_RETURN;
+	if (!sl_original(ctx, &t))
+		return SL_SOCKOPT_RETURN;
+	mapped = sl_is4(&t.addr);
+	if (ctx->level == SOL_IP) {
+		/* An IPv6 address has no answer at this level: the kernel's stays. */
+		if (mapped)
+			sl_answer4(ctx, &t);
+		return SL_SOCKOPT_RETURN;
+	}
+	/* A socket of AF_INET does not ask here; one of AF_INET6 gets ::ffff:a.b.c.d. */
+	sl_answer6(ctx, &t);
+	return SL_SOCKOPT_RETURN;
+}
+
+/* A SYN, as far as it matters here. */
+struct sl_syn {
+	struct bpf_sock_tuple tuple; /* with the inbound port as destination */
+	__u32 family;
+	union sl_addr dst;
+	__u16 port;
+};
+
+/*
+ * Reads the packet's headers; false if it is no SYN of a connection. Headers
+ * are read relative to the network header, so that devices without a link
+ * layer work. A SYN behind IPv6 extension headers is not recognised, which is
+ * safe: sk_lookup decides over it as well.
+ */
+static __always_inline bool sl_parse(struct __sk_buff *skb, struct sl_syn *syn)
+{
+	__u32 off = sizeof(struct ipv6hdr);
+	struct tcphdr tcp;
+
+	if (skb->protocol == bpf_htons(ETH_P_IP)) {
+		struct iphdr ip;
+
+		if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
+			return false;
+		if (ip.protocol != IPPROTO_TCP || (ip.frag_off & bpf_htons(0x1fff)))
+			return false;
+		off = (ip.ihl_version & 0xf) * 4;
+		syn->family = AF_INET;
+		syn->dst = sl_addr4(ip.daddr);
+		syn->tuple.ipv4.saddr = ip.saddr;
+		syn->tuple.ipv4.daddr = ip.daddr;
+	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
+		struct ipv6hdr ip;
+
+		if (bpf_skb_load_bytes_relative(skb, 0, &ip, sizeof(ip), BPF_HDR_START_NET))
+			return false;
+		if (ip.nexthdr != IPPROTO_TCP)
+			return false;
+		syn->family = AF_INET6;
+		__builtin_memcpy(&syn->dst, ip.daddr, sizeof(ip.daddr));
+		__builtin_memcpy(syn->tuple.ipv6.saddr, ip.saddr, sizeof(ip.saddr));
+		__builtin_memcpy(syn->tuple.ipv6.daddr, ip.daddr, sizeof(ip.daddr));
+	} else {
+		return false;
+	}
+	if (bpf_skb_load_bytes_relative(skb, off, &tcp, sizeof(tcp), BPF_HDR_START_NET))
+		return false;
+	if ((tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) != TCP_FLAG_SYN)
+		return false;
+	syn->port = bpf_ntohs(tcp.dest);
+	if (syn->family == AF_INET) {
+		syn->tuple.ipv4.sport = tcp.source;
+		syn->tuple.ipv4.dport = bpf_htons(SL_INBOUND_PORT);
+	} else {
+		syn->tuple.ipv6.sport = tcp.source;
+		syn->tuple.ipv6.dport = bpf_htons(SL_INBOUND_PORT);
+	}
+	return true;
+}
+
+/* Sees to it that the proxy's listener is in listeners. */
+static __always_inline enum sl_reason sl_register(struct __sk_buff *skb, struct sl_syn *syn,
+						  struct sl_listener_key *k)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, k);
+	enum sl_reason reason = SL_IN_PROXY_DOWN;
+
+	if (sk) {
+		/* The kernel has taken closed sockets out. */
+		bpf_sk_release(sk);
+		return SL_IN_CAPTURED;
+	}
+	if (syn->family == AF_INET)
+		sk = bpf_skc_lookup_tcp(skb, &syn->tuple, sizeof(syn->tuple.ipv4),
+					BPF_F_CURRENT_NETNS, 0);
+	else
+		sk = bpf_skc_lookup_tcp(skb, &syn->tuple, sizeof(syn->tuple.ipv6),
+					BPF_F_CURRENT_NETNS, 0);
+	if (!sk)
+		return reason;
+	if (sl_u32(sk->state) == BPF_TCP_LISTEN)
+		reason = bpf_map_update_elem(&listeners, k, sk, BPF_ANY) ? SL_IN_LISTENER_REFUSED
+									 : SL_IN_CAPTURED;
+	bpf_sk_release(sk);
+	return reason;
+}
+
+SEC("tc")
+int sl_ingress(struct __sk_buff *skb)
+{
+	struct sl_listener_key k = {};
+	struct sl_syn syn = {};
+	enum sl_reason reason;
+	struct sl_pod *pod;
+	__u64 *netns;
+
+	if (!sl_parse(skb, &syn))
+		return TCX_NEXT;
+	netns = bpf_map_lookup_elem(&pod_ips, &syn.dst);
+	if (!netns)
+		return TCX_NEXT;
+	k.netns = *netns;
+	k.family = syn.family;
+	pod = bpf_map_lookup_elem(&pods, &k.netns);
+	if (!pod)
+		return TCX_NEXT;
+	reason = sl_inbound(pod, syn.port);
+	if (reason != SL_IN_CAPTURED) {
+		sl_count(k.netns, reason);
+		return TCX_NEXT;
+	}
+	reason = sl_register(skb, &syn, &k);
+	sl_count(k.netns, reason);
+	/* Without its proxy a pod must not be reached: the client tries again. */
+	return reason == SL_IN_CAPTURED ? TCX_NEXT : TCX_DROP;
+}
+
+/*
+ * Gives a captured connection to the listener of the proxy. The kernel asks
+ * whenever it looks for a listener: for a SYN, for the ACK that answers a SYN
+ * cookie, for a SYN that meets a socket in TIME_WAIT.
+ */
+SEC("sk_lookup")
+int sl_lookup(struct bpf_sk_lookup *ctx)
+{
+	struct sl_listener_key k = {.family = ctx->family};
+	union sl_addr local, remote;
+	struct bpf_sock *sk;
+	struct sl_pod *pod;
+	__u64 *netns;
+	long err;
+
+	/* bpf_skc_lookup_tcp in tcx asks here too, for the inbound port. */
+	if (ctx->protocol != IPPROTO_TCP || ctx->local_port == SL_INBOUND_PORT)
+		return SK_PASS;
+	if (ctx->family == AF_INET) {
+		local = sl_addr4(sl_u32(ctx->local_ip4));
+		remote = sl_addr4(sl_u32(ctx->remote_ip4));
+	} else {
+		local = sl_read6(ctx->local_ip6);
+		remote = sl_read6(ctx->remote_ip6);
+	}
+	netns = bpf_map_lookup_elem(&pod_ips, &local);
+	if (!netns)
+		return SK_PASS;
+	k.netns = *netns;
+	pod = bpf_map_lookup_elem(&pods, &k.netns);
+	if (!pod)
+		return SK_PASS;
+	/* By address: self traffic names the pod's interface here, not lo. */
+	if (sl_same(&local, &remote) || sl_is_loopback(&remote)) {
+		sl_count(k.netns, SL_IN_SELF);
+		return SK_PASS;
+	}
+	if (!sl_has_if(pod->captured_if, ctx->ingress_ifindex)) {
+		sl_count(k.netns, SL_IN_EXCLUDED_INTERFACE);
+		return SK_PASS;
+	}
+	/* From here on tcx has counted, save for what fails closed below. */
+	if (sl_inbound(pod, ctx->local_port) != SL_IN_CAPTURED)
+		return SK_PASS;
+	sk = bpf_map_lookup_elem(&listeners, &k);
+	if (!sk) {
+		/* Never the bare application in place of its proxy. */
+		sl_count(k.netns, SL_IN_LISTENER_MISSING);
+		return SK_DROP;
+	}
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		sl_count(k.netns, SL_IN_ASSIGN_FAILED);
+		return SK_DROP;
+	}
+	return SK_PASS;
+}

@@ -1,0 +1,177 @@
+package bpf
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+)
+
+// mountSource is what a bpffs that Sluice has mounted says as its source, by
+// which Uninstall knows it.
+const mountSource = "sluice"
+
+// A mount is a line of mountinfo.
+type mount struct {
+	root, point, fstype, source string
+}
+
+// mounts reads the mounts that this process sees.
+func mounts() ([]mount, error) {
+	f, err := os.Open("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("open mount table: %w", err)
+	}
+	defer func() { _ = f.Close() }()
+	var all []mount
+	lines := bufio.NewScanner(f)
+	for lines.Scan() {
+		// 36 35 98:0 /root /point rw,noatime [fields ...] - fstype source options
+		before, after, ok := strings.Cut(lines.Text(), " - ")
+		head, tail := strings.Fields(before), strings.Fields(after)
+		if !ok || len(head) < 5 || len(tail) < 2 {
+			return nil, fmt.Errorf("read mount table: unexpected line %q", lines.Text())
+		}
+		unescape := strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+		all = append(all, mount{
+			root: head[3], point: unescape.Replace(head[4]), fstype: tail[0], source: tail[1],
+		})
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fmt.Errorf("read mount table: %w", err)
+	}
+	return all, nil
+}
+
+// findCgroup returns where the root of the cgroup v2 hierarchy is mounted. In
+// a container several subtrees may be, all called "/"; only the true root has
+// no cgroup.events.
+func findCgroup() (string, error) {
+	all, err := mounts()
+	if err != nil {
+		return "", err
+	}
+	for _, m := range all {
+		if m.fstype != "cgroup2" {
+			continue
+		}
+		if _, err := os.Stat(filepath.Join(m.point, "cgroup.procs")); err != nil {
+			continue // hidden by another mount
+		}
+		if _, err := os.Stat(filepath.Join(m.point, "cgroup.events")); errors.Is(err, fs.ErrNotExist) {
+			return m.point, nil
+		}
+	}
+	return "", fmt.Errorf("root of the cgroup v2 hierarchy is not mounted: %w", redirect.ErrNotSupported)
+}
+
+// podsCgroup returns the cgroup below root that all pods live in, else root.
+// Programs of a child run before those of the root, so that Sluice sees the
+// address of a Service before a load balancer on the root has replaced it.
+func podsCgroup(root string) string {
+	for _, name := range []string{"kubepods.slice", "kubepods"} {
+		if dir := filepath.Join(root, name); isDir(dir) {
+			return dir
+		}
+	}
+	return root
+}
+
+func isDir(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && st.IsDir()
+}
+
+// cgroupID returns the number by which the kernel knows the cgroup at path.
+func cgroupID(path string) (uint64, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, fmt.Errorf("stat cgroup %s: %w", path, err)
+	}
+	return st.Ino, nil
+}
+
+// isBPFFS reports whether dir lies in a bpffs.
+func isBPFFS(dir string) (bool, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return false, fmt.Errorf("look at file system of %s: %w", dir, err)
+	}
+	return st.Type == unix.BPF_FS_MAGIC, nil
+}
+
+// mountBPFFS makes dir a bpffs unless it is one.
+func mountBPFFS(dir string) error {
+	ok, err := isBPFFS(dir)
+	if err != nil || ok {
+		return err
+	}
+	if err := unix.Mount(mountSource, dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
+		return fmt.Errorf("mount bpffs on %s: %w", dir, err)
+	}
+	return nil
+}
+
+// unmountBPFFS undoes mountBPFFS, unless others have put something there.
+func unmountBPFFS(dir string) error {
+	all, err := mounts()
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if m.point != dir || m.fstype != "bpf" || m.source != mountSource {
+			continue
+		}
+		left, err := os.ReadDir(dir)
+		if err != nil {
+			return fmt.Errorf("read bpffs: %w", err)
+		}
+		if len(left) > 0 {
+			return nil
+		}
+		if err := unix.Unmount(dir, 0); err != nil {
+			return fmt.Errorf("unmount bpffs from %s: %w", dir, err)
+		}
+	}
+	return nil
+}
+
+// lock admits one process and one goroutine at a time to the pins in dir. The
+// returned function ends that; the death of the process does as well.
+func lock(dir string) (unlock func(), err error) {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open pin directory %s: %w", dir, err)
+	}
+	for {
+		err := unix.Flock(fd, unix.LOCK_EX)
+		if err == nil {
+			return func() { _ = unix.Close(fd) }, nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			_ = unix.Close(fd)
+			return nil, fmt.Errorf("lock pin directory %s: %w", dir, err)
+		}
+	}
+}
+
+// haveBPFFS returns an error if the kernel has no bpffs.
+func haveBPFFS() error {
+	b, err := os.ReadFile("/proc/filesystems")
+	if err != nil {
+		return fmt.Errorf("read file systems of the kernel: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 0 && f[len(f)-1] == "bpf" {
+			return nil
+		}
+	}
+	return fmt.Errorf("file system bpf: %w", redirect.ErrNotSupported)
+}

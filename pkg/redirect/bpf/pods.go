@@ -1,0 +1,452 @@
+package bpf
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+)
+
+// podDir returns the directory of a pod's pins. bpffs allows no dots in names.
+func podDir(dir string, id redirect.ID) string {
+	return filepath.Join(dir, strings.ReplaceAll(strings.ReplaceAll(id.String(), ".", "_"), "/", "_"))
+}
+
+// Add implements redirect.Redirector. The routes that Policy.ExcludeInterfaces
+// stands for are those of the moment: outbound, what the main routing table
+// sends out of an excluded interface is not captured. At most eight interfaces
+// of either kind are supported.
+func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	unlock, err := lock(r.dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	inode, err := netns.Inode(w.Netns)
+	if err != nil {
+		return err
+	}
+	if inode != w.ID.NetnsInode {
+		return fmt.Errorf("network namespace %s has inode %d, not %d: %w", w.Netns, inode, w.ID.NetnsInode, redirect.ErrGone)
+	}
+	cookie, err := netns.Cookie(w.Netns)
+	if err != nil {
+		return err
+	}
+	old, err := r.store.pod(cookie)
+	if err != nil {
+		return err
+	}
+	meta, err := describe(w)
+	if err != nil {
+		return err
+	}
+	if old != nil && old.Digest == uint64(w.Digest()) && r.problem(cookie, meta, old) == nil {
+		return nil
+	}
+	if err := r.add(cookie, w, meta, old); err != nil {
+		return fmt.Errorf("redirect network namespace %s: %w", w.Netns, err)
+	}
+	return nil
+}
+
+// describe returns what must be found again of w after a restart.
+func describe(w redirect.Workload) (*redirectSlMeta, error) {
+	m := &redirectSlMeta{NetnsInode: w.ID.NetnsInode}
+	captured := slices.DeleteFunc(slices.Clone(w.Interfaces), func(name string) bool {
+		return slices.Contains(w.Policy.ExcludeInterfaces, name)
+	})
+	if len(captured) > len(m.Interfaces) || len(w.Policy.ExcludeInterfaces) > len(m.Interfaces) {
+		return nil, fmt.Errorf("more than %d interfaces to capture or to exclude", len(m.Interfaces))
+	}
+	ok := put(m.Uid[:], w.ID.PodUID) && put(m.Pod[:], w.Pod) && put(m.Netns[:], w.Netns)
+	for i, name := range captured {
+		ok = put(m.Interfaces[i][:], name) && ok
+	}
+	if !ok {
+		return nil, fmt.Errorf("name of pod %q, its UID, namespace or interface is too long", w.Pod)
+	}
+	return m, nil
+}
+
+// add installs w over old, which is nil if the pod is new.
+func (r *Redirector) add(cookie uint64, w redirect.Workload, meta *redirectSlMeta, old *redirectSlPod) (err error) {
+	pod := &redirectSlPod{Digest: uint64(w.Digest()), ProxyUid: w.Policy.ProxyUID}
+	for _, a := range w.Addrs {
+		pod.setAddr(a.Unmap())
+	}
+	var routes []route
+	if err := netns.Do(w.Netns, func() error {
+		routes, err = resolve(w, meta, pod)
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := r.hookProblem(); err != nil {
+		r.log.Warn("mending hooks", "reason", err)
+		if err := r.attachHooks(); err != nil {
+			return err
+		}
+	}
+
+	t := compile(w.Policy, routes)
+	pod.OutPort, pod.OutAddr4, pod.OutAddr6, pod.InPort = t.outPort, t.outAddr4, t.outAddr6, t.inPort
+	pod.Entries = uint32(t.entries())
+	if pod.Policy, err = r.store.writePolicy(t); err != nil {
+		return err
+	}
+	live := false
+	defer func() {
+		if !live {
+			err = errors.Join(err, r.store.deletePolicy(pod.Policy, t.entries()))
+		}
+	}()
+	if err := r.store.PodMeta.Put(cookie, meta); err != nil {
+		return fmt.Errorf("write map %s: %w", redirectMapPodMeta, err)
+	}
+	if err := r.addStats(cookie); err != nil {
+		return err
+	}
+	if err := r.attachPod(meta, pod); err != nil {
+		return err
+	}
+	for _, a := range pod.addrs() {
+		if err := r.store.PodIps.Put(&redirectSlAddr{Byte: a.As16()}, cookie); err != nil {
+			return fmt.Errorf("write map %s: %w", redirectMapPodIps, err)
+		}
+	}
+	// After this line the pod's traffic is redirected as w says.
+	if err := r.store.Pods.Put(cookie, pod); err != nil {
+		return fmt.Errorf("write map %s: %w", redirectMapPods, err)
+	}
+	live = true
+	return r.trim(cookie, w, pod, old)
+}
+
+// addStats makes the counters of a pod, unless it has them.
+func (r *Redirector) addStats(cookie uint64) error {
+	cpus, err := ebpf.PossibleCPU()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	err = r.store.Stats.Update(cookie, make([]redirectSlStats, cpus), ebpf.UpdateNoExist)
+	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
+		return fmt.Errorf("write map %s: %w", redirectMapStats, err)
+	}
+	return nil
+}
+
+// trim removes what old had and pod has no more.
+func (r *Redirector) trim(cookie uint64, w redirect.Workload, pod, old *redirectSlPod) error {
+	if old == nil {
+		return nil
+	}
+	errs := []error{r.store.deletePolicy(old.Policy, int(old.Entries))}
+	for _, a := range old.addrs() {
+		if !slices.Contains(pod.addrs(), a) {
+			errs = append(errs, r.store.deleteAddr(cookie, a))
+		}
+	}
+	dir := r.podDir(w.ID)
+	for _, ifindex := range old.CapturedIf {
+		if ifindex != 0 && !slices.Contains(pod.CapturedIf[:], ifindex) {
+			errs = append(errs, detachPinned(filepath.Join(dir, pinTCX+strconv.Itoa(int(ifindex)))))
+		}
+	}
+	errs = append(errs, netns.Do(w.Netns, func() error {
+		return detachFilters(func(ifindex int) bool { return slices.Contains(pod.CapturedIf[:], uint32(ifindex)) })
+	}))
+	return errors.Join(errs...)
+}
+
+// resolve runs inside the pod's namespace: it fills in the interfaces of pod
+// and returns the pod's routes if one leads out of an excluded interface.
+func resolve(w redirect.Workload, meta *redirectSlMeta, pod *redirectSlPod) ([]route, error) {
+	for i, name := range meta.interfaces() {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return nil, fmt.Errorf("find interface %s: %w", name, err)
+		}
+		pod.CapturedIf[i] = uint32(l.Attrs().Index)
+	}
+	for i, name := range w.Policy.ExcludeInterfaces {
+		l, err := netlink.LinkByName(name)
+		if errors.As(err, &netlink.LinkNotFoundError{}) {
+			continue // there is nothing to exclude
+		}
+		if err != nil {
+			return nil, fmt.Errorf("find interface %s: %w", name, err)
+		}
+		pod.ExcludedIf[i] = uint32(l.Attrs().Index)
+	}
+	if len(w.Policy.ExcludeInterfaces) == 0 {
+		return nil, nil
+	}
+	return routes(pod.ExcludedIf[:])
+}
+
+// routes returns the main routing table's routes, nil if none of them leads
+// out of one of the interfaces.
+func routes(interfaces []uint32) ([]route, error) {
+	var found []route
+	any := false
+	metric := make(map[netip.Prefix]int)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		for _, n := range list {
+			to, ok := destination(family, n.Dst)
+			if !ok {
+				continue
+			}
+			ifindex := n.LinkIndex
+			if len(n.MultiPath) > 0 {
+				ifindex = n.MultiPath[0].LinkIndex
+			}
+			r := route{to: to, excluded: slices.Contains(interfaces, uint32(ifindex))}
+			// Of several routes to the same place the lowest metric counts.
+			i := slices.IndexFunc(found, func(f route) bool { return f.to == to })
+			switch {
+			case i < 0:
+				found = append(found, r)
+			case n.Priority < metric[to]:
+				found[i] = r
+			default:
+				continue
+			}
+			metric[to] = n.Priority
+			any = any || r.excluded
+		}
+	}
+	if !any {
+		return nil, nil
+	}
+	return found, nil
+}
+
+// destination returns the prefix that a route leads to.
+func destination(family int, dst *net.IPNet) (netip.Prefix, bool) {
+	if dst == nil {
+		if family == netlink.FAMILY_V4 {
+			return netip.PrefixFrom(netip.IPv4Unspecified(), 0), true
+		}
+		return netip.PrefixFrom(netip.IPv6Unspecified(), 0), true
+	}
+	a, ok := netip.AddrFromSlice(dst.IP)
+	ones, _ := dst.Mask.Size()
+	if family == netlink.FAMILY_V4 {
+		a = a.Unmap()
+	}
+	return netip.PrefixFrom(a, ones).Masked(), ok
+}
+
+// attachPod attaches the pod's own hooks, or updates them, and sees to ::6.
+// They do nothing until the pod is in the maps.
+func (r *Redirector) attachPod(meta *redirectSlMeta, pod *redirectSlPod) error {
+	dir, path := r.podDir(meta.id()), text(meta.Netns[:])
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make pin directory: %w", err)
+	}
+	if err := r.attachLookup(dir, path, meta.NetnsInode); err != nil {
+		return err
+	}
+	return netns.Do(path, func() error {
+		for _, ifindex := range pod.CapturedIf {
+			if ifindex == 0 {
+				break
+			}
+			if err := r.attachIngress(dir, ifindex); err != nil {
+				return err
+			}
+		}
+		if pod.has6() {
+			return addProxySource6()
+		}
+		return nil
+	})
+}
+
+// has6 reports whether the pod has an IPv6 address.
+func (p *redirectSlPod) has6() bool {
+	return slices.ContainsFunc(p.addrs(), netip.Addr.Is6)
+}
+
+// Remove implements redirect.Redirector.
+func (r *Redirector) Remove(_ context.Context, id redirect.ID) error {
+	unlock, err := lock(r.dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := r.remove(id); err != nil {
+		return fmt.Errorf("end redirection of %s: %w", id, err)
+	}
+	return nil
+}
+
+// remove is Remove under the lock.
+func (r *Redirector) remove(id redirect.ID) error {
+	cookie, meta, err := r.store.find(id)
+	if err != nil {
+		return err
+	}
+	if meta == nil {
+		return detachAll(r.podDir(id))
+	}
+	errs := []error{r.store.release(cookie), detachAll(r.podDir(id))}
+	if path := text(meta.Netns[:]); sameNamespace(path, id.NetnsInode) == nil {
+		errs = append(errs, netns.Do(path, func() error {
+			return errors.Join(detachFilters(func(int) bool { return false }), removeProxySource6())
+		}))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err // meta stays, so that the next Remove finds the rest
+	}
+	return deleteKey(r.store.PodMeta, cookie)
+}
+
+// sameNamespace returns an error wrapping redirect.ErrGone unless path leads to
+// the namespace with this inode.
+func sameNamespace(path string, inode uint64) error {
+	got, err := netns.Inode(path)
+	if err != nil {
+		return err
+	}
+	if got != inode {
+		return fmt.Errorf("network namespace %s: another one is there now: %w", path, redirect.ErrGone)
+	}
+	return nil
+}
+
+// List implements redirect.Redirector. A workload whose namespace has vanished
+// has a Problem that wraps redirect.ErrGone.
+func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
+	unlock, err := lock(r.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	var all []redirect.Installed
+	node := r.hookProblem()
+	err = r.store.each(func(cookie uint64, meta *redirectSlMeta) error {
+		i := redirect.Installed{ID: meta.id(), Pod: text(meta.Pod[:]), Netns: text(meta.Netns[:])}
+		pod, err := r.store.pod(cookie)
+		if err != nil {
+			return err
+		}
+		if pod == nil {
+			i.Problem = errors.New("installed or removed only in part")
+		} else {
+			i.Digest = redirect.Digest(pod.Digest)
+			if i.Problem = node; node == nil {
+				i.Problem = r.podProblem(cookie, meta, pod)
+			}
+		}
+		all = append(all, i)
+		return ctx.Err()
+	})
+	slices.SortFunc(all, func(a, b redirect.Installed) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	return all, err
+}
+
+// problem names what is missing of the node's hooks or the pod's.
+func (r *Redirector) problem(cookie uint64, meta *redirectSlMeta, pod *redirectSlPod) error {
+	if err := r.hookProblem(); err != nil {
+		return err
+	}
+	return r.podProblem(cookie, meta, pod)
+}
+
+// podProblem names what is missing of a pod's redirection.
+func (r *Redirector) podProblem(cookie uint64, meta *redirectSlMeta, pod *redirectSlPod) error {
+	path, dir := text(meta.Netns[:]), r.podDir(meta.id())
+	if err := sameNamespace(path, meta.NetnsInode); err != nil {
+		return err
+	}
+	for _, a := range pod.addrs() {
+		var owner uint64
+		if err := r.store.PodIps.Lookup(&redirectSlAddr{Byte: a.As16()}, &owner); err != nil {
+			return fmt.Errorf("address %s in map %s: %w", a, redirectMapPodIps, err)
+		}
+		if owner != cookie {
+			return fmt.Errorf("address %s in map %s belongs to another pod", a, redirectMapPodIps)
+		}
+	}
+	info, err := pinnedInfo(filepath.Join(dir, pinLookup))
+	if err != nil {
+		return err
+	}
+	if info.NetNs() == nil || uint64(info.NetNs().NetnsInode) != meta.NetnsInode {
+		return errors.New("sk_lookup link is not attached to the pod's network namespace")
+	}
+	return netns.Do(path, func() error { return r.insideProblem(dir, meta, pod) })
+}
+
+// insideProblem names what is missing inside the pod's namespace, which the
+// thread is in.
+func (r *Redirector) insideProblem(dir string, meta *redirectSlMeta, pod *redirectSlPod) error {
+	for i, name := range meta.interfaces() {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return fmt.Errorf("find interface %s: %w", name, err)
+		}
+		if uint32(l.Attrs().Index) != pod.CapturedIf[i] {
+			return fmt.Errorf("interface %s was made anew", name)
+		}
+		own, _, err := filters(l)
+		if err != nil {
+			return err
+		}
+		if len(own) > 0 {
+			continue
+		}
+		info, err := pinnedInfo(filepath.Join(dir, pinTCX+strconv.Itoa(l.Attrs().Index)))
+		if err != nil {
+			return err
+		}
+		if info.TCX() == nil || info.TCX().Ifindex != uint32(l.Attrs().Index) {
+			return fmt.Errorf("tcx link is not attached to interface %s", name)
+		}
+	}
+	if !pod.has6() {
+		return nil
+	}
+	has, err := hasProxySource6()
+	if err == nil && !has {
+		err = errors.New("address ::6 is missing on lo")
+	}
+	return err
+}
+
+// pinnedInfo returns what the kernel says of a pinned link.
+func pinnedInfo(path string) (*link.Info, error) {
+	l, err := link.LoadPinnedLink(path, nil)
+	if err != nil {
+		return nil, fmt.Errorf("open pinned link %s: %w", path, err)
+	}
+	defer func() { _ = l.Close() }()
+	info, err := l.Info()
+	if err != nil {
+		return nil, fmt.Errorf("read pinned link %s: %w", path, err)
+	}
+	return info, nil
+}
