@@ -89,7 +89,8 @@ func parseChunk(c chunk) ([]*yaml.Node, *fieldError) {
 			if m := yamlLine.FindStringSubmatch(msg); m != nil {
 				msg = msg[len(m[0]):]
 				if in, err := strconv.Atoi(m[1]); err == nil {
-					line += in - 1
+					// The parser may point behind the end.
+					line += min(in-1, bytes.Count(bytes.TrimSuffix(c.text, []byte("\n")), []byte("\n")))
 				}
 			}
 			return docs, &fieldError{line: line, message: "not YAML: " + strings.TrimPrefix(msg, "yaml: ")}
