@@ -121,8 +121,10 @@ func (ns Namespace) Dial(ctx context.Context, network, addr string) (net.Conn, e
 // DialWith is Dial with a Dialer of the caller's. Happy Eyeballs and the
 // resolver would leave the namespace and are not used.
 func (ns Namespace) DialWith(ctx context.Context, d net.Dialer, network, addr string) (net.Conn, error) {
-	if _, err := netip.ParseAddrPort(addr); err != nil {
+	if ap, err := netip.ParseAddrPort(addr); err != nil {
 		return nil, fmt.Errorf("dial from %s: %w", ns.Name, err)
+	} else if ap.Addr().IsUnspecified() {
+		return nil, fmt.Errorf("dial from %s: package net would try several addresses for %s", ns.Name, addr)
 	}
 	var c net.Conn
 	err := ns.Do(func() (err error) {

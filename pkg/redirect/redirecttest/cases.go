@@ -174,7 +174,11 @@ func outboundCases() []testCase {
 		}},
 		{name: "outbound/loopback and own address", proxy: tell, run: func(e *env) {
 			for _, dst := range []netip.Addr{e.loopback(), e.podAddr(), e.unspecified()} {
-				e.wantBare(e.ask(e.pod.Namespace, netip.AddrPortFrom(dst, appPort)), "app")
+				fd := e.rawSocket(e.pod.Namespace, socket{domain: e.domain()})
+				if err := rawConnect(e.pod.Namespace, fd, sockaddr(e.domain(), netip.AddrPortFrom(dst, appPort))); err != nil {
+					e.Fatalf("connect to %s: %v", dst, err)
+				}
+				e.wantBare(e.answer(e.conn(fd)), "app")
 			}
 		}},
 		{name: "outbound/large sets", proxy: tell,
@@ -432,9 +436,7 @@ func lifecycleCases() []testCase {
 				e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
 				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
 			}
-			if diff := clean.Diff(e.pod.State(e)); diff != "" {
-				e.Errorf("the namespace is not as before:\n%s", diff)
-			}
+			e.wantClean(clean)
 		}},
 		{name: "lifecycle/connections from before", byHand: true, run: func(e *env) {
 			out, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
@@ -484,13 +486,25 @@ func lifecycleCases() []testCase {
 				e.Error(err)
 			}
 		}},
-		{name: "lifecycle/connections outlive removal", proxy: tell, run: func(e *env) {
+		{name: "lifecycle/connections outlive removal", byHand: true, run: func(e *env) {
+			clean := e.pod.State(e)
+			e.add(nil)
+			e.startProxy(tell)
 			out, _ := e.connect(e.pod.Namespace, e.peerPort(appPort))
 			in, _ := e.connect(e.peer.Namespace, e.podPort(appPort))
 			if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
 				e.Fatalf("remove: %v", err)
 			}
 			e.wantAlive(out, in)
+			e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
+			e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
+			if i, ok := e.installed(e.r); ok {
+				e.Errorf("still listed: %+v", i)
+			}
+			e.wantAlive(out, in)
+			_, _ = out.Close(), in.Close()
+			e.proxy.stop()
+			e.wantClean(clean)
 		}},
 		{name: "lifecycle/restart", proxy: tell, run: func(e *env) {
 			out, _ := e.connect(e.pod.Namespace, e.peerPort(appPort))
@@ -545,9 +559,7 @@ func lifecycleCases() []testCase {
 			if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
 				e.Fatalf("remove: %v", err)
 			}
-			if diff := clean.Diff(pod.State(e)); diff != "" {
-				e.Errorf("the namespace is not as before:\n%s", diff)
-			}
+			e.wantClean(clean)
 		}},
 	}
 }
@@ -569,6 +581,25 @@ func (e *env) wantInbound(a answer, dst netip.AddrPort, client netip.Addr) {
 	e.wantProxy(a, redirect.InboundPort, dst)
 	if a.Peer.Addr() != client {
 		e.Errorf("the proxy sees client %s, want %s", a.Peer, client)
+	}
+}
+
+// wantClean waits until the pod's namespace is as it was: what connections need
+// may stay as long as they do, and goes when the workloads are listed.
+func (e *env) wantClean(before netnstest.State) {
+	e.Helper()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(askTimeout); ; <-tick.C {
+		e.installed(e.r)
+		diff := before.Diff(e.pod.State(e))
+		if diff == "" {
+			return
+		}
+		if time.Now().After(deadline) {
+			e.Errorf("the namespace is not as before:\n%s", diff)
+			return
+		}
 	}
 }
 

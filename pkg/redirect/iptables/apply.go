@@ -1,0 +1,220 @@
+package iptables
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+)
+
+// The variants of iptables: its own kernel interface, or that of nftables.
+const (
+	VariantNFT    = "nft"
+	VariantLegacy = "legacy"
+)
+
+// A tool is iptables-restore and iptables-save of one variant and family.
+type tool struct {
+	variant       string
+	v4            bool
+	restore, save string
+	// lock replaces the lock file that all users of legacy on the machine
+	// share: what they do in other namespaces is no reason to wait.
+	lock string
+}
+
+// familyName is what the family's programs are called.
+func familyName(v4 bool) string {
+	if v4 {
+		return "iptables"
+	}
+	return "ip6tables"
+}
+
+func findTool(variant string, v4 bool, lock string) (tool, error) {
+	t := tool{variant: variant, v4: v4, lock: lock}
+	for suffix, path := range map[string]*string{"-restore": &t.restore, "-save": &t.save} {
+		name := familyName(v4) + "-" + variant + suffix
+		p, err := exec.LookPath(name)
+		if err != nil {
+			p = filepath.Join("/usr/sbin", name) // not in PATH of every user
+			if _, err := os.Stat(p); err != nil {
+				return tool{}, fmt.Errorf("find program %s: %w", name, redirect.ErrNotSupported)
+			}
+		}
+		*path = p
+	}
+	return t, nil
+}
+
+// probe applies the rules of a pod in a namespace that lives only as long as
+// iptables-restore, because only that shows that the kernel has all of it.
+func (t tool) probe(ctx context.Context) error {
+	addr := netip.MustParseAddr("192.0.2.1")
+	if !t.v4 {
+		addr = netip.MustParseAddr("2001:db8::1")
+	}
+	w := redirect.Workload{Addrs: []netip.Addr{addr}, Interfaces: []string{"eth0"}, Policy: redirect.DefaultPolicy()}
+	cmd := t.restoreCommand(ctx, installText(tables(w, addr), nil))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	if _, err := run(cmd); err != nil {
+		return fmt.Errorf("try rules with %s %s: %w: %w", familyName(t.v4), t.variant, redirect.ErrNotSupported, err)
+	}
+	return nil
+}
+
+// read returns what is in the namespace that the calling thread is in.
+func (t tool) read(ctx context.Context) (s saved, foreign bool, err error) {
+	out, err := run(t.command(ctx, t.save, "--counters"))
+	if err != nil {
+		return nil, false, fmt.Errorf("read rules: %w", err)
+	}
+	return parseSaved(out)
+}
+
+// apply runs text in the namespace that the calling thread is in. Each table
+// of it changes in one step or not at all.
+func (t tool) apply(ctx context.Context, text string) error {
+	if _, err := run(t.restoreCommand(ctx, text)); err != nil {
+		return fmt.Errorf("apply rules: %w", err)
+	}
+	return nil
+}
+
+func (t tool) restoreCommand(ctx context.Context, text string) *exec.Cmd {
+	args := []string{"--noflush", "--counters"}
+	if t.variant == VariantLegacy {
+		args = append(args, "--wait") // for the lock, as long as ctx allows
+	}
+	cmd := t.command(ctx, t.restore, args...)
+	cmd.Stdin = strings.NewReader(text)
+	return cmd
+}
+
+func (t tool) command(ctx context.Context, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+t.lock, "LC_ALL=C")
+	return cmd
+}
+
+// run returns what cmd prints. A child takes the namespace of the thread that
+// starts it.
+func run(cmd *exec.Cmd) (string, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		if msg := strings.Join(strings.Fields(stderr.String()), " "); msg != "" {
+			err = fmt.Errorf("%w: %s", err, msg)
+		}
+		return "", fmt.Errorf("run %s: %w", filepath.Base(cmd.Path), err)
+	}
+	return stdout.String(), nil
+}
+
+// draining says whether connections of a family that were led to the proxy live
+// on in the namespace of the calling thread.
+func draining(v4 bool) (bool, error) {
+	path := "/proc/thread-self/net/tcp"
+	if !v4 {
+		path += "6"
+	}
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return false, nil // no IPv6 here
+	}
+	if err != nil {
+		return false, fmt.Errorf("list connections: %w", err)
+	}
+	out, in := fmt.Sprintf(":%04X", redirect.OutboundPort), fmt.Sprintf(":%04X", redirect.InboundPort)
+	for line := range strings.Lines(string(b)) {
+		// number, local address, remote address, state
+		f := strings.Fields(line)
+		if len(f) < 4 || !strings.HasSuffix(f[1], out) && !strings.HasSuffix(f[1], in) {
+			continue
+		}
+		const timeWait, closed, listen = "06", "07", "0A"
+		if f[3] != timeWait && f[3] != closed && f[3] != listen {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// proxySource is the address from which Envoy hands IPv6 connections to the
+// app. Of IPv4's loopback range every address is there without further ado.
+func proxySource() *netlink.Addr {
+	addr := netip.MustParseAddr("::6")
+	return &netlink.Addr{
+		IPNet: &net.IPNet{IP: addr.AsSlice(), Mask: bytes.Repeat([]byte{0xff}, 16)},
+		Flags: unix.IFA_F_NODAD,
+	}
+}
+
+// onLoopback runs fn with lo of the namespace at path.
+func onLoopback(path string, fn func(*netlink.Handle, netlink.Link) error) error {
+	return netns.Do(path, func() error {
+		h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+		if err != nil {
+			return fmt.Errorf("open rtnetlink: %w", err)
+		}
+		defer h.Close()
+		lo, err := h.LinkByName("lo")
+		if err != nil {
+			return fmt.Errorf("find link lo: %w", err)
+		}
+		return fn(h, lo)
+	})
+}
+
+// addProxySource makes sure that lo has the address, and says whether it did
+// not have it before.
+func addProxySource(path string) (added bool, err error) {
+	err = onLoopback(path, func(h *netlink.Handle, lo netlink.Link) error {
+		err := h.AddrAdd(lo, proxySource())
+		if errors.Is(err, unix.EEXIST) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("add address ::6 to lo: %w", err)
+		}
+		added = true
+		return nil
+	})
+	return added, err
+}
+
+func removeProxySource(path string) error {
+	return onLoopback(path, func(h *netlink.Handle, lo netlink.Link) error {
+		if err := h.AddrDel(lo, proxySource()); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("remove address ::6 from lo: %w", err)
+		}
+		return nil
+	})
+}
+
+func hasProxySource(path string) (has bool, err error) {
+	err = onLoopback(path, func(h *netlink.Handle, lo netlink.Link) error {
+		addrs, err := h.AddrList(lo, unix.AF_INET6)
+		if err != nil {
+			return fmt.Errorf("list addresses of lo: %w", err)
+		}
+		for _, a := range addrs {
+			has = has || a.IP.Equal(proxySource().IP)
+		}
+		return nil
+	})
+	return has, err
+}

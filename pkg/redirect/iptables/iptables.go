@@ -1,0 +1,487 @@
+package iptables
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+)
+
+// DefaultStateDir is where records are unless Options say otherwise. It must
+// not outlive the machine's uptime: namespaces do not either.
+const DefaultStateDir = "/run/sluice/iptables"
+
+// probeTimeout bounds the look at what the kernel can do.
+const probeTimeout = 10 * time.Second
+
+// Options say how to redirect with iptables.
+type Options struct {
+	// StateDir holds one small file per workload; empty means DefaultStateDir.
+	// It is made if it is not there.
+	StateDir string
+	// Variant is VariantNFT or VariantLegacy; empty takes, for each family and
+	// pod, what the pod's namespace has rules of, else nft, else legacy, of
+	// those that the machine and its kernel have.
+	Variant string
+	// Log gets one line for each change of a pod's rules; nil drops them.
+	Log *slog.Logger
+}
+
+// A Redirector redirects with nat rules in the namespaces of pods.
+type Redirector struct {
+	records records
+	log     *slog.Logger
+	// tools are what works here, the preferred first; why says what does not,
+	// by family.
+	tools map[bool][]tool // by "is IPv4"
+	why   map[bool]error
+
+	mu sync.Mutex
+	// busy are the workloads that an operation is at work on.
+	busy map[redirect.ID]*turn
+	// shown are the highest values that Counters has returned.
+	shown map[counterKey]uint64
+}
+
+var (
+	_ redirect.Redirector = (*Redirector)(nil)
+	_ redirect.Meter      = (*Redirector)(nil)
+)
+
+// New finds out which variants work here and opens the records. The error wraps
+// redirect.ErrNotSupported if none works for IPv4 nor for IPv6.
+func New(o Options) (*Redirector, error) {
+	if o.StateDir == "" {
+		o.StateDir = DefaultStateDir
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	switch o.Variant {
+	case "", VariantNFT, VariantLegacy:
+	default:
+		return nil, fmt.Errorf("choose variant of iptables: there is no %q", o.Variant)
+	}
+	if err := os.MkdirAll(o.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("make directory of records: %w", err)
+	}
+	r := &Redirector{
+		records: records{o.StateDir},
+		log:     o.Log,
+		tools:   make(map[bool][]tool),
+		why:     make(map[bool]error),
+		busy:    make(map[redirect.ID]*turn),
+		shown:   make(map[counterKey]uint64),
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
+	defer cancel()
+	for _, v4 := range []bool{true, false} {
+		for _, variant := range []string{VariantNFT, VariantLegacy} {
+			if o.Variant != "" && o.Variant != variant {
+				continue
+			}
+			t, err := findTool(variant, v4, filepath.Join(o.StateDir, "xtables.lock"))
+			if err == nil {
+				err = t.probe(ctx)
+			}
+			if err != nil {
+				r.why[v4] = errors.Join(r.why[v4], err)
+				continue
+			}
+			r.tools[v4] = append(r.tools[v4], t)
+		}
+	}
+	if len(r.tools) == 0 {
+		return nil, errors.Join(r.why[true], r.why[false])
+	}
+	return r, nil
+}
+
+// Probe says whether New would work: nil, or an error that wraps
+// redirect.ErrNotSupported and names what is missing.
+func Probe(o Options) error {
+	dir, err := os.MkdirTemp("", "sluice-iptables-")
+	if err != nil {
+		return fmt.Errorf("make directory of records: %w", err)
+	}
+	o.StateDir = dir
+	_, err = New(o)
+	return errors.Join(err, os.RemoveAll(dir))
+}
+
+// Uninstall removes the rules of all workloads that have a record in
+// o.StateDir, then the directory. It ends the connections that are redirected.
+func Uninstall(ctx context.Context, o Options) error {
+	if o.StateDir == "" {
+		o.StateDir = DefaultStateDir
+	}
+	if _, err := os.Stat(o.StateDir); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	rs := records{o.StateDir}
+	all, err := rs.all()
+	if err != nil {
+		return err
+	}
+	if len(all) > 0 {
+		r, err := New(o)
+		if err != nil {
+			return err
+		}
+		var errs []error
+		for _, rec := range all {
+			errs = append(errs, r.remove(ctx, rec.ID, false))
+		}
+		if err := errors.Join(errs...); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(o.StateDir); err != nil {
+		return fmt.Errorf("remove directory of records: %w", err)
+	}
+	return nil
+}
+
+// Add implements redirect.Redirector.
+func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
+	defer r.lock(w.ID)()
+	if err := validate(w); err != nil {
+		return err
+	}
+	if err := present(w.ID, w.Netns); err != nil {
+		return err
+	}
+	old, ok, err := r.records.read(w.ID)
+	if err != nil {
+		// A record that cannot be read says nothing; the rules say the rest.
+		r.log.WarnContext(ctx, "record of workload is lost", "pod", w.Pod, "pod_uid", w.ID.PodUID, "err", err)
+	}
+	if ok && old.Digest == w.Digest() && old.Netns == w.Netns && r.problem(ctx, old) == nil {
+		return nil
+	}
+	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Rules: old.Rules, ProxySource: old.ProxySource}
+	if err := r.records.write(rec); err != nil {
+		return err
+	}
+	if rec.Rules, err = r.install(ctx, w, old); err != nil {
+		return fmt.Errorf("redirect pod %s with iptables: %w", w.Pod, err)
+	}
+	if rec.variant(false) != "" {
+		added, err := addProxySource(w.Netns)
+		if err != nil {
+			return err
+		}
+		rec.ProxySource = rec.ProxySource || added
+	}
+	rec.Complete = true
+	if err := r.records.write(rec); err != nil {
+		return err
+	}
+	r.log.InfoContext(ctx, "redirecting pod", "pod", w.Pod, "pod_uid", w.ID.PodUID, "netns", w.Netns,
+		"backend", redirect.BackendIPTables, "iptables", rec.variant(true), "ip6tables", rec.variant(false))
+	return nil
+}
+
+// install brings the namespace from whatever is there to the rules of w.
+func (r *Redirector) install(ctx context.Context, w redirect.Workload, old record) ([]installedRules, error) {
+	var rules []installedRules
+	err := netns.Do(w.Netns, func() error {
+		for _, v4 := range []bool{true, false} {
+			addr, ok := address(w, v4)
+			have := make(map[string]saved)
+			var foreign []string
+			for _, t := range r.tools[v4] {
+				s, others, err := t.read(ctx)
+				if err != nil {
+					return err
+				}
+				have[t.variant] = s
+				if others {
+					foreign = append(foreign, t.variant)
+				}
+			}
+			var chosen tool
+			if ok {
+				var err error
+				if chosen, err = r.choose(v4, append([]string{old.variant(v4)}, foreign...)); err != nil {
+					return err
+				}
+				// From here on traffic is affected.
+				if err := chosen.apply(ctx, installText(tables(w, addr), have[chosen.variant])); err != nil {
+					return err
+				}
+				s, _, err := chosen.read(ctx)
+				if err != nil {
+					return err
+				}
+				rules = append(rules, installedRules{V4: v4, Variant: chosen.variant, Hash: s.hash()})
+			}
+			for _, t := range r.tools[v4] {
+				if text := removeText(have[t.variant]); t.variant != chosen.variant && text != "" {
+					if err := t.apply(ctx, text); err != nil {
+						return err
+					}
+				}
+			}
+		}
+		return nil
+	})
+	return rules, err
+}
+
+// choose returns the first of the wanted variants that works here, else the
+// preferred one.
+func (r *Redirector) choose(v4 bool, wanted []string) (tool, error) {
+	for _, variant := range wanted {
+		for _, t := range r.tools[v4] {
+			if t.variant == variant {
+				return t, nil
+			}
+		}
+	}
+	if len(r.tools[v4]) == 0 {
+		return tool{}, r.why[v4]
+	}
+	return r.tools[v4][0], nil
+}
+
+// Remove implements redirect.Redirector. While connections live that were
+// redirected, an idle rule stays that keeps the kernel's NAT for them; List takes
+// it away when they have ended. Empty built-in chains stay: they belong to the
+// namespace.
+func (r *Redirector) Remove(ctx context.Context, id redirect.ID) error {
+	return r.remove(ctx, id, true)
+}
+
+// remove ends a redirection, and with drain set not its connections.
+func (r *Redirector) remove(ctx context.Context, id redirect.ID, drain bool) error {
+	defer r.lock(id)()
+	rec, ok, err := r.records.read(id)
+	if err != nil || !ok {
+		return err
+	}
+	alive := false
+	err = present(id, rec.Netns)
+	if err == nil {
+		alive, err = r.uninstall(ctx, rec, drain)
+	}
+	if err != nil && !errors.Is(err, redirect.ErrGone) {
+		return fmt.Errorf("end redirection of pod %s with iptables: %w", rec.Pod, err)
+	}
+	r.forget(id)
+	switch {
+	case alive && rec.Draining:
+		return nil
+	case alive:
+		rec.Draining = true
+		err = r.records.write(rec)
+	default:
+		err = r.records.remove(id)
+	}
+	if err != nil {
+		return err
+	}
+	r.log.InfoContext(ctx, "no longer redirecting pod", "pod", rec.Pod, "pod_uid", id.PodUID, "netns", rec.Netns,
+		"backend", redirect.BackendIPTables, "connections_left", alive)
+	return nil
+}
+
+// uninstall takes everything away, or with drain set what new connections meet
+// as long as old ones are alive.
+func (r *Redirector) uninstall(ctx context.Context, rec record, drain bool) (alive bool, err error) {
+	err = netns.Do(rec.Netns, func() error {
+		var errs []error
+		for _, v4 := range []bool{true, false} {
+			hold := false
+			if drain {
+				var err error
+				if hold, err = draining(v4); err != nil {
+					return err
+				}
+			}
+			for _, t := range r.tools[v4] {
+				s, _, err := t.read(ctx)
+				text := removeText(s)
+				if hold && text != "" {
+					text = installText(holdTables(), s)
+					alive = true
+				}
+				if err == nil && text != "" {
+					err = t.apply(ctx, text)
+				}
+				errs = append(errs, err)
+			}
+		}
+		return errors.Join(errs...)
+	})
+	if err == nil && rec.ProxySource && !alive {
+		err = removeProxySource(rec.Netns)
+	}
+	return alive, err
+}
+
+// List implements redirect.Redirector.
+func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
+	all, err := r.records.all()
+	if err != nil {
+		return nil, err
+	}
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	problems := make([]error, len(all))
+	for i, rec := range all {
+		if rec.Draining {
+			g.Go(func() error { return r.drained(ctx, rec.ID) })
+			continue
+		}
+		g.Go(func() error {
+			defer r.lock(rec.ID)()
+			problems[i] = r.problem(ctx, rec)
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	var list []redirect.Installed
+	for i, rec := range all {
+		if !rec.Draining {
+			list = append(list, redirect.Installed{ID: rec.ID, Pod: rec.Pod, Netns: rec.Netns, Digest: rec.Digest, Problem: problems[i]})
+		}
+	}
+	return list, nil
+}
+
+// drained ends what Remove has left for the sake of connections, if it was not
+// taken up by Add again.
+func (r *Redirector) drained(ctx context.Context, id redirect.ID) error {
+	rec, ok, err := r.records.read(id)
+	if err != nil || !ok || !rec.Draining {
+		return err
+	}
+	return r.Remove(ctx, id)
+}
+
+// problem compares a record with the kernel.
+func (r *Redirector) problem(ctx context.Context, rec record) error {
+	if rec.Format != format {
+		return fmt.Errorf("rules have layout %d, not %d", rec.Format, format)
+	}
+	if !rec.Complete {
+		return errors.New("installation was interrupted")
+	}
+	if err := present(rec.ID, rec.Netns); err != nil {
+		return err
+	}
+	err := netns.Do(rec.Netns, func() error {
+		for _, i := range rec.Rules {
+			t, err := r.choose(i.V4, []string{i.Variant})
+			if err != nil {
+				return err
+			}
+			s, _, err := t.read(ctx)
+			if err != nil {
+				return err
+			}
+			if s.hash() != i.Hash {
+				return fmt.Errorf("%s rules (%s) were changed by others", familyName(i.V4), i.Variant)
+			}
+		}
+		return nil
+	})
+	if err != nil || rec.variant(false) == "" {
+		return err
+	}
+	has, err := hasProxySource(rec.Netns)
+	if err == nil && !has {
+		err = errors.New("address ::6 is missing on lo")
+	}
+	return err
+}
+
+// Close implements redirect.Redirector; there is nothing to free.
+func (r *Redirector) Close() error { return nil }
+
+// present returns an error that wraps redirect.ErrGone unless path leads to
+// the namespace of id.
+func present(id redirect.ID, path string) error {
+	ino, err := netns.Inode(path)
+	if err != nil {
+		return err
+	}
+	if ino != id.NetnsInode {
+		return fmt.Errorf("open network namespace %s: another one is there, %d: %w", path, ino, redirect.ErrGone)
+	}
+	return nil
+}
+
+// address returns the workload's address of a family.
+func address(w redirect.Workload, v4 bool) (netip.Addr, bool) {
+	for _, a := range w.Addrs {
+		if a.Is4() == v4 {
+			return a, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// validate refuses what cannot be said in rules. Names of interfaces come from
+// annotations and become part of them.
+func validate(w redirect.Workload) error {
+	if len(w.Addrs) == 0 {
+		return fmt.Errorf("redirect pod %s: it has no address", w.Pod)
+	}
+	for i, a := range w.Addrs {
+		if !a.IsValid() || a.Is4In6() || a.Zone() != "" || i > 0 && a.Is4() == w.Addrs[0].Is4() || i > 1 {
+			return fmt.Errorf("redirect pod %s: unexpected address %s", w.Pod, a)
+		}
+	}
+	for _, names := range [][]string{w.Interfaces, w.Policy.ExcludeInterfaces} {
+		for _, n := range names {
+			// A + at the end is iptables' wildcard.
+			if n == "" || len(n) > 15 || strings.ContainsAny(n, " \t\n\"'\\/+!") {
+				return fmt.Errorf("redirect pod %s: interface name %q cannot be used in rules", w.Pod, n)
+			}
+		}
+	}
+	return nil
+}
+
+// A turn is a lock with the number of those who hold or await it.
+type turn struct {
+	sync.Mutex
+	users int
+}
+
+// lock waits for the workload's turn and returns what ends it.
+func (r *Redirector) lock(id redirect.ID) (unlock func()) {
+	r.mu.Lock()
+	t := r.busy[id]
+	if t == nil {
+		t = &turn{}
+		r.busy[id] = t
+	}
+	t.users++
+	r.mu.Unlock()
+	t.Lock()
+	return func() {
+		t.Unlock()
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if t.users--; t.users == 0 {
+			delete(r.busy, id)
+		}
+	}
+}

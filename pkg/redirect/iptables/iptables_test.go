@@ -1,0 +1,31 @@
+package iptables_test
+
+import (
+	"os"
+	"testing"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
+	"github.com/sluicemesh/sluice/pkg/redirect/redirecttest"
+	"github.com/sluicemesh/sluice/tests/need"
+)
+
+func TestMain(m *testing.M) { os.Exit(redirecttest.Main(m)) }
+
+func TestConformance(t *testing.T) {
+	for _, variant := range []string{iptables.VariantNFT, iptables.VariantLegacy} {
+		t.Run(variant, func(t *testing.T) {
+			need.Root(t)
+			need.Tool(t, "iptables-"+variant+"-restore")
+			need.Tool(t, "ip6tables-"+variant+"-restore")
+			dir := t.TempDir()
+			redirecttest.Run(t, redirect.BackendIPTables, func(tb testing.TB) redirect.Redirector {
+				r, err := iptables.New(iptables.Options{StateDir: dir, Variant: variant})
+				if err != nil {
+					tb.Fatal(err)
+				}
+				return r
+			})
+		})
+	}
+}

@@ -1,0 +1,137 @@
+package iptables
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+)
+
+// format is the number of the rules' layout. A record of another one is mended
+// by Add.
+const format = 1
+
+// A record says where a workload is installed and what was found there right
+// after. It is what survives the process beside the rules themselves.
+type record struct {
+	Format int             `json:"format"`
+	ID     redirect.ID     `json:"id"`
+	Pod    string          `json:"pod"`
+	Netns  string          `json:"netns"`
+	Digest redirect.Digest `json:"digest"`
+	// Complete is false from before the first change until after the last.
+	Complete bool `json:"complete"`
+	// Draining is true after Remove, while connections that were redirected
+	// still need the kernel's NAT.
+	Draining bool `json:"draining,omitempty"`
+	// Rules are those of the families that the pod has.
+	Rules []installedRules `json:"rules,omitempty"`
+	// ProxySource is true if ::6 was added to lo.
+	ProxySource bool `json:"proxy_source,omitempty"`
+}
+
+type installedRules struct {
+	V4      bool   `json:"v4"`
+	Variant string `json:"variant"`
+	Hash    uint64 `json:"hash"`
+}
+
+// variant returns what a family's rules were installed with, "" if there are none.
+func (r record) variant(v4 bool) string {
+	for _, i := range r.Rules {
+		if i.V4 == v4 {
+			return i.Variant
+		}
+	}
+	return ""
+}
+
+// records is the directory of records.
+type records struct{ dir string }
+
+const recordSuffix = ".json"
+
+func (rs records) path(id redirect.ID) string {
+	return filepath.Join(rs.dir, url.PathEscape(id.String())+recordSuffix)
+}
+
+// read returns the record of id; ok is false if there is none.
+func (rs records) read(id redirect.ID) (r record, ok bool, err error) {
+	b, err := os.ReadFile(rs.path(id))
+	if errors.Is(err, os.ErrNotExist) {
+		return record{}, false, nil
+	}
+	if err != nil {
+		return record{}, false, fmt.Errorf("read record: %w", err)
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return record{}, false, fmt.Errorf("parse record %s: %w", rs.path(id), err)
+	}
+	return r, true, nil
+}
+
+// write replaces the record in one step.
+func (rs records) write(r record) error {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	f, err := os.CreateTemp(rs.dir, "new-*")
+	if err != nil {
+		return fmt.Errorf("write record: %w", err)
+	}
+	_, err = f.Write(b)
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), rs.path(r.ID))
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write record: %w", err), os.Remove(f.Name()))
+	}
+	return nil
+}
+
+func (rs records) remove(id redirect.ID) error {
+	if err := os.Remove(rs.path(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove record: %w", err)
+	}
+	return nil
+}
+
+// all returns the records sorted by ID. What cannot be read is left out and
+// named in the error.
+func (rs records) all() ([]record, error) {
+	entries, err := os.ReadDir(rs.dir)
+	if err != nil {
+		return nil, fmt.Errorf("list records: %w", err)
+	}
+	var all []record
+	var errs []error
+	for _, e := range entries {
+		name, ok := strings.CutSuffix(e.Name(), recordSuffix)
+		if !ok {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(rs.dir, e.Name()))
+		if errors.Is(err, os.ErrNotExist) {
+			continue // removed since
+		}
+		var r record
+		if err == nil {
+			err = json.Unmarshal(b, &r)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("read record %s: %w", name, err))
+			continue
+		}
+		all = append(all, r)
+	}
+	slices.SortFunc(all, func(a, b record) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	return all, errors.Join(errs...)
+}
