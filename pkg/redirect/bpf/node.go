@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -133,6 +134,10 @@ func unmountBPFFS(dir string) error {
 		if err != nil {
 			return fmt.Errorf("read bpffs: %w", err)
 		}
+		// Every bpffs shows these two of the kernel's own.
+		left = slices.DeleteFunc(left, func(e os.DirEntry) bool {
+			return e.Name() == "maps.debug" || e.Name() == "progs.debug"
+		})
 		if len(left) > 0 {
 			return nil
 		}

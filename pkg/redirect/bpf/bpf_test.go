@@ -1,0 +1,59 @@
+package bpf
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/redirecttest"
+	"github.com/sluicemesh/sluice/tests/need"
+)
+
+func TestMain(m *testing.M) { os.Exit(redirecttest.Main(m)) }
+
+// newOptions returns options with a bpffs of the test's own, and uninstalls
+// when the test is over.
+func newOptions(tb testing.TB) Options {
+	tb.Helper()
+	need.EBPF(tb)
+	o := Options{PinDir: filepath.Join(tb.TempDir(), "bpf", "sluice")}
+	dir := filepath.Dir(o.PinDir)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := Uninstall(context.Background(), o); err != nil {
+			tb.Errorf("uninstall: %v", err)
+		}
+		if ok, err := isBPFFS(dir); err != nil || ok {
+			tb.Errorf("after uninstall: %s is a bpffs: %v, %v", dir, ok, err)
+			_ = unix.Unmount(dir, unix.MNT_DETACH)
+		}
+	})
+	return o
+}
+
+func open(tb testing.TB, o Options) *Redirector {
+	tb.Helper()
+	r, err := New(o)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return r
+}
+
+func TestConformance(t *testing.T) {
+	o := newOptions(t)
+	redirecttest.Run(t, redirect.BackendEBPF, func(tb testing.TB) redirect.Redirector { return open(tb, o) })
+}
+
+// TestConformanceWithoutTCX is what kernels before 6.6 do.
+func TestConformanceWithoutTCX(t *testing.T) {
+	o := newOptions(t)
+	o.forceCLS = true
+	redirecttest.Run(t, redirect.BackendEBPF, func(tb testing.TB) redirect.Redirector { return open(tb, o) })
+}
