@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -115,7 +114,12 @@ func showLogs(out *printer) error {
 		if err != nil {
 			return fmt.Errorf("read log: %w", err)
 		}
-		lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+		lines := slices.DeleteFunc(strings.Split(strings.TrimSpace(string(b)), "\n"), func(l string) bool {
+			return l == "" || l[0] == '{' // an entry of an access log
+		})
+		if len(lines) == 0 {
+			continue
+		}
 		out.note("end of %s:", f)
 		for _, l := range lines[max(0, len(lines)-15):] {
 			out.line("    %.400s", l)
@@ -271,7 +275,8 @@ func demoProcesses() []int {
 type state map[string][]string
 
 // snapshot notes what of the calling thread's network namespace and of the
-// machine the demo could have changed.
+// machine the demo could have changed. Of what other software may make in the
+// meantime, without the demo's doing, it notes what has the demo's name.
 func snapshot() (state, error) {
 	s := state{}
 	links, err := netlink.LinkList()
@@ -311,37 +316,29 @@ func snapshot() (state, error) {
 			}
 		}
 	}
-	paths, err := filepath.Glob(netnsDir + "/*")
-	if err != nil {
-		return nil, err
-	}
-	s["network namespaces"] = paths
-	mounts, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		return nil, fmt.Errorf("list mounts: %w", err)
-	}
-	for _, line := range strings.Split(strings.TrimSpace(string(mounts)), "\n") {
-		f := strings.Fields(line)
-		s["mounts"] = append(s["mounts"], f[4])
-		// Pins of any bpffs that is mounted for all to see.
-		if i := slices.Index(f, "-"); f[i+1] != "bpf" {
-			continue
-		}
-		err := filepath.WalkDir(f[4], func(path string, _ fs.DirEntry, err error) error {
-			s["bpffs"] = append(s["bpffs"], path)
-			return err
-		})
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return nil, fmt.Errorf("list pins: %w", err)
-		}
-	}
+	s["network namespaces of the demo"] = demoNetns()
 	s["processes of the demo"] = nil
 	for _, pid := range demoProcesses() {
 		s["processes of the demo"] = append(s["processes of the demo"], strconv.Itoa(pid))
 	}
-	for _, path := range []string{"/run/sluice-demo", "/run/sluice", "/var/lib/cni/sluice-demo"} {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("list mounts: %w", err)
+	}
+	s["mounts of the demo"] = nil
+	for _, line := range strings.Split(strings.TrimSpace(string(mounts)), "\n") {
+		if at := strings.Fields(line)[4]; strings.Contains(at, "sluice-demo") {
+			s["mounts of the demo"] = append(s["mounts of the demo"], at)
+		}
+	}
+	dirs := []string{stateDir, "/sys/fs/bpf/sluice-demo"}
+	if dir, err := cgroupDir(); err == nil {
+		dirs = append(dirs, dir)
+	}
+	s["files of the demo"] = nil
+	for _, path := range dirs {
 		if _, err := os.Stat(path); err == nil {
-			s["files"] = append(s["files"], path)
+			s["files of the demo"] = append(s["files of the demo"], path)
 		}
 	}
 	for kind := range s {

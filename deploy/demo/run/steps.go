@@ -31,19 +31,16 @@ func (n *node) oneRequest(ctx context.Context) error {
 	if r.Failed > 0 {
 		return fmt.Errorf("first request: %s", failures(r))
 	}
-	n.out.line("What the programs saw of their connections:")
-	n.hop("client", "http://productpage:9080/", r.Local, r.Remote, *r.Last)
-
-	n.out.line("\nWhat the Envoys saw, from their access logs:")
-	names := []string{"client", "productpage", "details-1", "reviews-v2", "ratings"}
+	// How many requests each Envoy has seen then, in either direction.
+	seen := map[string]int{"client": 1, "productpage": 3, "details-1": 1, "reviews-v2": 2, "ratings": 1}
 	entries := map[string][]logEntry{}
 	err = waitFor(ctx, "the access logs of the Envoys", nil, func() error {
-		for _, name := range names {
+		for name, want := range seen {
 			if entries[name], err = accessLog(n.pod(name).envoy.log, id); err != nil {
 				return err
 			}
-			if len(entries[name]) == 0 {
-				return fmt.Errorf("that of pod %s does not have the request yet", name)
+			if len(entries[name]) != want {
+				return fmt.Errorf("that of pod %s has %d entries of the request, not %d", name, len(entries[name]), want)
 			}
 		}
 		return nil
@@ -51,26 +48,38 @@ func (n *node) oneRequest(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
-		p := n.pod(name)
-		for _, e := range entries[name] {
-			ok := e.Direction == "outbound" && n.isVIP(e.Destination.Addr()) && e.Source.Addr() == p.addr ||
-				e.Direction == "inbound" && e.Destination == netip.AddrPortFrom(p.addr, 9080)
-			n.out.expect(ok, "%-11s %-8s from %s, original destination %s, sent on to %s from %s: %s %s -> %d",
-				name, e.Direction, e.Source, e.Destination, e.Upstream, e.UpstreamFrom, e.Method, e.Path, e.Status)
-		}
-	}
+	n.hop(entries, "client", "http://productpage:9080/", r.Local, r.Remote, *r.Last)
 	return nil
 }
 
-// hop prints one call and the calls that it led to, and checks that nobody
-// noticed a proxy where none is to be noticed.
-func (n *node) hop(caller, url string, local, remote netip.AddrPort, a answer) {
-	want := n.clusterIP(a.Service)
-	n.out.expect(remote.Addr() == want && local.Addr() == n.pod(caller).addr,
-		"%-11s %s -> %s  dialled %s; connect() from %s, getpeername() says %s", caller, caller, a.Host, url, local, remote)
+// hop prints one call and then those that it led to: what the programs at both
+// ends saw of their connections, and what their Envoys wrote into their access
+// logs. All of that must fit together.
+func (n *node) hop(entries map[string][]logEntry, caller, url string, local, remote netip.AddrPort, a answer) {
+	from, to := n.pod(caller), n.pod(a.Host)
+	vip := netip.AddrPortFrom(n.clusterIP(a.Service), 9080)
+	var out, in logEntry
+	for _, e := range entries[caller] {
+		if e.Direction == "outbound" && e.Source == local {
+			out = e
+		}
+	}
+	for _, e := range entries[a.Host] {
+		if e.Direction == "inbound" && e.UpstreamFrom == a.Peer {
+			in = e
+		}
+	}
+	n.out.line("%s calls %s", n.out.paint("1", caller), url)
+	n.out.expect(remote == vip && local.Addr() == from.addr,
+		"program %-11s connected from %s; getpeername() says %s", caller, local, remote)
+	n.out.expect(out.Destination == vip,
+		"Envoy   %-11s outbound: original destination %s, sent on to %s from %s", caller, out.Destination, out.Upstream, out.UpstreamFrom)
+	n.out.expect(in.Destination == netip.AddrPortFrom(to.addr, 9080) && in.Source == out.UpstreamFrom && in.Source.Addr() == from.addr,
+		"Envoy   %-11s inbound:  from %s, original destination %s, sent on to %s", a.Host, in.Source, in.Destination, in.Upstream)
+	n.out.expect(a.Peer.IsValid() && a.Peer == in.UpstreamFrom,
+		"program %-11s accepted from %s: %s %s -> %d", a.Host, a.Peer, in.Method, in.Path, in.Status)
 	for _, c := range a.Calls {
-		n.hop(a.Host, c.URL, c.Local, c.Remote, c.Answer)
+		n.hop(entries, a.Host, c.URL, c.Local, c.Remote, c.Answer)
 	}
 }
 
@@ -85,17 +94,13 @@ func (n *node) clusterIP(service string) netip.Addr {
 	return netip.Addr{}
 }
 
-func (n *node) isVIP(a netip.Addr) bool {
-	return slices.ContainsFunc(n.services, func(s object) bool { return s.str("spec", "clusterIP") == a.String() })
-}
-
 // A logEntry is what the demo shows of a line of the access log.
 type logEntry struct {
 	Direction    string
 	Source       netip.AddrPort
 	Destination  netip.AddrPort
-	Upstream     string
-	UpstreamFrom string `json:"upstream_from"`
+	Upstream     netip.AddrPort
+	UpstreamFrom netip.AddrPort `json:"upstream_from"`
 	Method, Path string
 	Status       int
 	RequestID    string `json:"request_id"`
@@ -222,7 +227,11 @@ func (n *node) rollingChange(ctx context.Context) error {
 // agentKilled kills the agent under load and starts it again some time later.
 func (n *node) agentKilled(ctx context.Context) error {
 	n.out.heading("5. kill -9 of the agent, and a new agent, under load")
-	_, err := n.underLoad(ctx, func(ctx context.Context) error {
+	var err error
+	if n.firstAgent, err = scrape(ctx); err != nil {
+		return err
+	}
+	_, err = n.underLoad(ctx, func(ctx context.Context) error {
 		old := n.agent.cmd.Process.Pid
 		if err := n.agent.cmd.Process.Signal(syscall.SIGKILL); err != nil {
 			return fmt.Errorf("kill agent: %w", err)
@@ -268,40 +277,58 @@ func (n *node) agentKilled(ctx context.Context) error {
 	return nil
 }
 
-// metrics prints what the agent counted.
+// metrics prints what the agent counted: connections in the kernel, so that a
+// restart loses none, and everything else since its start.
 func (n *node) metrics(ctx context.Context) error {
 	n.out.heading("6. What /metrics of the agent counted")
-	body, err := fetch(ctx, "http://"+agentAddr+"/metrics")
+	now, err := scrape(ctx)
 	if err != nil {
 		return err
+	}
+	print := func(sums map[string]float64) {
+		for _, k := range slices.Sorted(maps.Keys(sums)) {
+			n.out.line("  %-96s %s", k, strconv.FormatFloat(sums[k], 'g', 6, 64))
+		}
+	}
+	print(now)
+	before := maps.Clone(n.firstAgent)
+	maps.DeleteFunc(before, func(k string, _ float64) bool { _, again := now[k]; return again })
+	n.out.line("and of the first agent, before it was killed, what the second has not met:")
+	print(before)
+
+	for _, direction := range []string{"outbound", "inbound"} {
+		key := `sluice_connections_total{direction="` + direction + `",reason="captured",verdict="redirected"}`
+		n.out.expect(now[key] >= n.firstAgent[key] && n.firstAgent[key] > 0,
+			"%.0f %s connections redirected, %.0f of them before the kill -9", now[key], direction, n.firstAgent[key])
+	}
+	return nil
+}
+
+// scrape returns the agent's own metrics that are not zero, summed over pods to
+// fit on a screen, without the buckets of histograms.
+func scrape(ctx context.Context) (map[string]float64, error) {
+	body, err := fetch(ctx, "http://"+agentAddr+"/metrics")
+	if err != nil {
+		return nil, err
 	}
 	sums := map[string]float64{}
 	for _, line := range strings.Split(body, "\n") {
 		name, labels, value, ok := sample(line)
-		if !ok || !strings.HasPrefix(name, "sluice_") || strings.HasSuffix(name, "_bucket") {
+		if !ok || value == 0 || !strings.HasPrefix(name, "sluice_") || strings.HasSuffix(name, "_bucket") {
 			continue
 		}
-		// Summed over the pods, to fit on a screen.
 		delete(labels, "pod")
 		delete(labels, "namespace")
 		var l []string
 		for _, k := range slices.Sorted(maps.Keys(labels)) {
 			l = append(l, k+"="+strconv.Quote(labels[k]))
 		}
-		sums[name+"{"+strings.Join(l, ",")+"}"] += value
-	}
-	var redirected float64
-	for _, k := range slices.Sorted(maps.Keys(sums)) {
-		if sums[k] == 0 {
-			continue
+		if len(l) > 0 {
+			name += "{" + strings.Join(l, ",") + "}"
 		}
-		n.out.line("  %-96s %s", strings.TrimSuffix(k, "{}"), strconv.FormatFloat(sums[k], 'g', 6, 64))
-		if strings.HasPrefix(k, "sluice_connections_total") && strings.Contains(k, `verdict="redirected"`) {
-			redirected += sums[k]
-		}
+		sums[name] += value
 	}
-	n.out.expect(redirected > 0, "%.0f connections were redirected", redirected)
-	return nil
+	return sums, nil
 }
 
 // sample reads one line of the Prometheus text format; label values without
