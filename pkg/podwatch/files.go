@@ -71,6 +71,9 @@ type Files struct {
 	// contested are the keys with several claims, bad the files with problems.
 	contested map[Key]struct{}
 	bad       map[string]struct{}
+	// vips has the services of each cluster IP, shared those with several.
+	vips   map[netip.Addr]map[Key]struct{}
+	shared map[netip.Addr]struct{}
 	// missing and blind are set while the directory is not there, or not watched.
 	missing, blind *Problem
 	addrs          map[nsName][]netip.Addr
@@ -137,6 +140,8 @@ func newFiles(o FilesOptions, inotify func() (*fsnotify.Watcher, error)) (*Files
 		claims:    map[Key][]claim{},
 		contested: map[Key]struct{}{},
 		bad:       map[string]struct{}{},
+		vips:      map[netip.Addr]map[Key]struct{}{},
+		shared:    map[netip.Addr]struct{}{},
 		addrs:     map[nsName][]netip.Addr{},
 		deriver:   newDeriver(),
 	}, nil
@@ -554,9 +559,35 @@ func (f *Files) update(keys []Key) {
 		if claims := f.claims[k]; len(claims) > 0 {
 			c.Object = f.localise(claims[0].decoded)
 		}
+		if k.Kind == KindService {
+			f.noteVIPs(c)
+		}
 		changes = append(changes, c)
 	}
 	f.store.Update(f.deriver.apply(changes))
+}
+
+// noteVIPs keeps vips and shared up to date. It looks at the Store for what the
+// service was before.
+func (f *Files) noteVIPs(c Change) {
+	touched := map[netip.Addr]struct{}{}
+	if old, ok := Get[*Service](f.store, c.Key.Namespace, c.Key.Name); ok {
+		for _, ip := range old.ClusterIPs {
+			remove(f.vips, ip, c.Key)
+			touched[ip] = struct{}{}
+		}
+	}
+	if now, ok := c.Object.(*Service); ok {
+		for _, ip := range now.ClusterIPs {
+			insert(f.vips, ip, c.Key, struct{}{})
+			touched[ip] = struct{}{}
+		}
+	}
+	for ip := range touched {
+		if delete(f.shared, ip); len(f.vips[ip]) > 1 {
+			f.shared[ip] = struct{}{}
+		}
+	}
 }
 
 // localise adds to a pod what this machine knows of it.
@@ -625,6 +656,16 @@ func (f *Files) Problems() []Problem {
 					Message: fmt.Sprintf("is also in %s:%d, which is used", used.file, used.line),
 				})
 			}
+		}
+	}
+	for ip := range f.shared {
+		keys := slices.SortedFunc(maps.Keys(f.vips[ip]), compareKeys)
+		for _, k := range keys[1:] {
+			c := f.claims[k][0]
+			problems = append(problems, Problem{
+				File: c.file, Line: c.line, Object: k.object(), Field: "spec.clusterIPs",
+				Message: fmt.Sprintf("%v is also that of %s", ip, keys[0].object()),
+			})
 		}
 	}
 	slices.SortFunc(problems, compareProblems)

@@ -146,7 +146,7 @@ func service(name string, port int) string {
 }
 
 func pod(name, app, more string) string {
-	return fmt.Sprintf("---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: shop, labels: {app: %s}}\nspec: {containers: [{name: app}]}\n%s", name, app, more)
+	return fmt.Sprintf("---\napiVersion: v1\nkind: Pod\nmetadata: {name: %s, namespace: shop, labels: {app: %s}}\nspec: {containers: [{name: app}]}\n%s\n", name, app, more)
 }
 
 func TestFilesFollow(t *testing.T) {
@@ -296,6 +296,18 @@ func TestDuplicates(t *testing.T) {
 	w.must(os.Remove(w.path("b.yaml")))
 	w.wait("x=3")
 	w.waitProblems("c.yaml:9: Service shop/x: is also in c.yaml:2, which is used")
+}
+
+func TestSharedClusterIP(t *testing.T) {
+	withIP := func(name, ip string) string {
+		return strings.Replace(service(name, 80), "spec:\n", "spec:\n  clusterIP: "+ip+"\n", 1)
+	}
+	w := start(t, map[string]string{"a.yaml": withIP("b", "10.96.0.1"), "b.yaml": withIP("a", "10.96.0.1"), "c.yaml": withIP("c", "10.96.0.2")})
+	w.waitProblems("a.yaml:2: Service shop/b: spec.clusterIPs: 10.96.0.1 is also that of Service shop/a")
+	w.write("b.yaml", withIP("a", "10.96.0.2"))
+	w.waitProblems("c.yaml:2: Service shop/c: spec.clusterIPs: 10.96.0.2 is also that of Service shop/a")
+	w.must(os.Remove(w.path("b.yaml")))
+	w.waitProblems()
 }
 
 // TestBrokenElsewhere moves a document to another file and breaks it on the way.

@@ -172,7 +172,10 @@ func FuzzParse(f *testing.F) {
 	f.Add("a.yaml", []byte("a: &a [*a]"))
 	f.Add("a.yaml", []byte("a: &a {<<: *a, b: *a}\n...\n---\n- x\n"))
 	f.Fuzz(func(t *testing.T, name string, data []byte) {
-		lines := strings.Count(string(data), "\n") + 1
+		lines := 1
+		for _, lineBreak := range []string{"\n", "\r", "\u0085", "\u2028", "\u2029"} { // of YAML 1.1
+			lines += strings.Count(string(data), lineBreak)
+		}
 		for _, d := range newParser().parse(name, data) {
 			if d.object == nil && len(d.problems) == 0 {
 				t.Errorf("document in line %d is dropped without a word", d.line)
