@@ -38,6 +38,7 @@ type sidecarServer interface {
 	Open(uid, netnsPath string, proxyUID uint32) error
 	ClosePod(uid string) error
 	SetReady()
+	Status() []server.PodStatus
 }
 
 // An agent makes the node do what the source and CNI say. Everything that it

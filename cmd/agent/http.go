@@ -98,6 +98,14 @@ func (a *agent) checks(backend, backendReason string, sourceProblems []string) [
 	for _, object := range slices.Sorted(maps.Keys(problems)) {
 		checks = append(checks, check{name: object, detail: strings.ReplaceAll(problems[object], "\n", "; ")})
 	}
+	for _, pod := range a.sidecars.Status() {
+		for _, r := range pod.Rejected {
+			checks = append(checks, check{
+				name:   fmt.Sprintf("sidecar %s/%s", pod.Pod.Namespace, pod.Pod.Name),
+				detail: fmt.Sprintf("rejects %s %s: %s", r.TypeURL[strings.LastIndexByte(r.TypeURL, '.')+1:], r.Name, strings.ReplaceAll(r.Error, "\n", "; ")),
+			})
+		}
+	}
 	for _, p := range sourceProblems {
 		checks = append(checks, check{name: "source document", detail: p})
 	}

@@ -284,7 +284,7 @@ func httpRule(v view, rule podwatch.HTTPRouteRule) xds.HTTPRule {
 		x.Backends = append(x.Backends, xds.HTTPBackend{
 			Ref:             xds.ServicePortRef{Namespace: b.Namespace, Name: b.Name, Port: b.Port},
 			Weight:          b.Weight,
-			Invalid:         !resolves(v, b),
+			Invalid:         b.Unsupported != "" || !resolves(v, b),
 			RequestHeaders:  headerModifier(b.RequestHeaders),
 			ResponseHeaders: headerModifier(b.ResponseHeaders),
 		})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -19,6 +20,7 @@ import (
 	"github.com/sluicemesh/sluice/pkg/redirect/bpf"
 	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+	"github.com/sluicemesh/sluice/pkg/xds"
 	"github.com/sluicemesh/sluice/pkg/xds/server"
 	"github.com/sluicemesh/sluice/pkg/xds/translate"
 )
@@ -85,7 +87,7 @@ func runAgent(ctx context.Context, e env, args []string) (err error) {
 	backend := func() (string, string) { return string(chosen.Backend()), chosen.Reason() }
 	registry.MustRegister(newNodeMetrics(chosen, backend, a, func() int { return len(files.Problems()) }))
 	if err := sidecars.Register(registry); err != nil {
-		return fmt.Errorf("register metrics of the xDS server: %w", err)
+		return err
 	}
 	cni := newCNIMetrics(registry)
 	plugin, err := cniapi.NewServer(cniapi.ServerOptions{
@@ -137,6 +139,14 @@ func openRedirection(c config, log *slog.Logger) (*redirect.Chosen, error) {
 			}
 			return b, nil
 		},
+		Left: func(b redirect.Backend) bool {
+			dir := c.kernel.pinDir
+			if b == redirect.BackendIPTables {
+				dir = iptablesState(c.kernel)
+			}
+			entries, err := os.ReadDir(dir)
+			return err == nil && len(entries) > 0
+		},
 		Log: log,
 	})
 	if err != nil {
@@ -172,7 +182,7 @@ func runProbe(_ context.Context, e env, args []string) error {
 	for _, b := range []struct {
 		name  redirect.Backend
 		probe func() error
-	}{{redirect.BackendEBPF, bpf.Probe}, {redirect.BackendIPTables, iptables.Probe}} {
+	}{{redirect.BackendEBPF, bpf.Probe}, {redirect.BackendIPTables, func() error { return iptables.Probe(iptables.Options{}) }}} {
 		verdict := "yes"
 		if err := b.probe(); err != nil {
 			verdict = "no: " + err.Error()
@@ -189,6 +199,6 @@ func runBootstrap(_ context.Context, e env, args []string) error {
 	if err := parse(flags(e, "bootstrap"), e, args); err != nil {
 		return err
 	}
-	_, err := e.stdout.Write(translate.Bootstrap())
+	_, err := e.stdout.Write(xds.Bootstrap())
 	return err
 }
