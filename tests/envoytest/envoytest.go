@@ -132,7 +132,8 @@ func Start(tb testing.TB, opts Options) *Envoy {
 	return e
 }
 
-// Validate ends the test unless Envoy accepts the bootstrap, YAML or JSON.
+// Validate ends the test unless Envoy accepts the bootstrap, YAML or JSON, and
+// has no word against it: no field is deprecated or unfinished.
 // Resources that come over xDS are not part of that: put them into
 // static_resources.
 func Validate(tb testing.TB, bootstrap []byte) {
@@ -157,8 +158,14 @@ func Check(tb testing.TB, bootstrap []byte) error {
 	ctx, cancel := context.WithTimeout(tb.Context(), time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, path, "-c", name, "--mode", "validate", "--disable-hot-restart", "--log-level", "warning")
-	if out, err := cmd.CombinedOutput(); err != nil {
+	out, err := cmd.CombinedOutput()
+	if err != nil {
 		return fmt.Errorf("validate with Envoy: %w\n%s", err, tail(string(out)))
+	}
+	for _, complaint := range []string{"Deprecated field", "work-in-progress"} {
+		if bytes.Contains(out, []byte(complaint)) {
+			return fmt.Errorf("validate with Envoy: it warns\n%s", tail(string(out)))
+		}
 	}
 	return nil
 }

@@ -22,7 +22,7 @@ func connectionFields() map[string]string {
 	return map[string]string{
 		"start":         "%START_TIME%",
 		"duration_ms":   "%DURATION%",
-		"source":        "%DOWNSTREAM_REMOTE_ADDRESS%",
+		"source":        "%DOWNSTREAM_DIRECT_REMOTE_ADDRESS%",
 		"destination":   "%DOWNSTREAM_LOCAL_ADDRESS%",
 		"chain":         "%FILTER_CHAIN_NAME%",
 		"cluster":       "%UPSTREAM_CLUSTER_RAW%",
@@ -81,9 +81,8 @@ func (t *Translator) prepareLog(key logKey, fields map[string]string) error {
 	}
 	config, err := pack(&streamv3.StdoutAccessLog{
 		AccessLogFormat: &streamv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
-			Format:            &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: format},
-			OmitEmptyValues:   true,
-			JsonFormatOptions: &corev3.JsonFormatOptions{SortProperties: true},
+			Format:          &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: format},
+			OmitEmptyValues: true,
 		}},
 	})
 	if err != nil {

@@ -3,6 +3,7 @@ package translate
 import (
 	"fmt"
 	"math"
+	"time"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
@@ -14,6 +15,7 @@ import (
 	previoushostsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
 	httpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
@@ -157,7 +159,8 @@ const unsentHeader = "x-sluice-unsent"
 func (t *Translator) retries() *routev3.RetryPolicy {
 	return &routev3.RetryPolicy{
 		RetryOn:    "connect-failure,refused-stream,reset-before-request,retriable-headers",
-		NumRetries: u32(2),
+		NumRetries: u32(3),
+		RetryBackOff: backOff(),
 		RetriableHeaders: []*routev3.HeaderMatcher{{
 			Name:                 unsentHeader,
 			HeaderMatchSpecifier: &routev3.HeaderMatcher_PresentMatch{PresentMatch: true},
@@ -167,5 +170,14 @@ func (t *Translator) retries() *routev3.RetryPolicy {
 			ConfigType: &routev3.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: t.previousHosts},
 		}},
 		HostSelectionRetryMaxAttempts: 5,
+	}
+}
+
+// backOff is short: Envoy's own 25 ms are for servers that need a rest, here
+// another server or connection is tried.
+func backOff() *routev3.RetryPolicy_RetryBackOff {
+	return &routev3.RetryPolicy_RetryBackOff{
+		BaseInterval: durationpb.New(5 * time.Millisecond),
+		MaxInterval:  durationpb.New(50 * time.Millisecond),
 	}
 }

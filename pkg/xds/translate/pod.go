@@ -99,8 +99,9 @@ func inboundRoutes(cluster string) *routev3.RouteConfiguration {
 					ClusterSpecifier: &routev3.RouteAction_Cluster{Cluster: cluster},
 					Timeout:          never(),
 					RetryPolicy: &routev3.RetryPolicy{
-						RetryOn:    "refused-stream,reset-before-request",
-						NumRetries: u32(2),
+						RetryOn:      "refused-stream,reset-before-request",
+						NumRetries:   u32(1),
+						RetryBackOff: backOff(),
 					},
 				}},
 			}},

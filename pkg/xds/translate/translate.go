@@ -23,7 +23,7 @@ import (
 const (
 	// DefaultProtocolDetectionTimeout is how long a port whose protocol is not
 	// known waits for the client's first bytes. docs/xds.md has the measurement.
-	DefaultProtocolDetectionTimeout = 200 * time.Millisecond
+	DefaultProtocolDetectionTimeout = 100 * time.Millisecond
 	// DefaultConnectTimeout is how long one attempt to connect may take.
 	DefaultConnectTimeout = 10 * time.Second
 )
