@@ -191,3 +191,40 @@ func FuzzParse(f *testing.F) {
 		}
 	})
 }
+
+// TestDocumentedFiles reads what users are shown: the example of the reference
+// page and the manifests of the demo.
+func TestDocumentedFiles(t *testing.T) {
+	page, err := os.ReadFile("../../docs/file-source.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(page), "```yaml\n")
+	example, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("no example in docs/file-source.md")
+	}
+	files := map[string]string{"file-source.md": example}
+	manifests, err := filepath.Glob("../../deploy/demo/manifests/*.yaml")
+	if err != nil || len(manifests) == 0 {
+		t.Fatalf("no manifests of the demo: %v", err)
+	}
+	for _, path := range manifests {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		files[filepath.Base(path)] = string(data)
+	}
+	for name, text := range files {
+		docs := newParser().parse(name, []byte(text))
+		if len(docs) == 0 {
+			t.Errorf("%s holds nothing", name)
+		}
+		for _, d := range docs {
+			for _, p := range d.problems {
+				t.Errorf("problem: %v", p)
+			}
+		}
+	}
+}
