@@ -218,7 +218,7 @@ func checkChain(t *testing.T, c *chain, f *fake, rt *libcni.RuntimeConf, want cn
 	f.fail(errors.New("redirection is not whole: the filter on eth0 is gone"))
 	err := c.check(t, rt)
 	f.fail(nil)
-	if code(err) != codeRefused || !strings.HasSuffix(err.Error(), "redirect pod shop/web-0: redirection is not whole: the filter on eth0 is gone") {
+	if code(err) != codeRefused || err.Error() != "redirection is not whole: the filter on eth0 is gone" {
 		t.Errorf("CHECK of a broken redirection: %v", err)
 	}
 	f.took()
@@ -240,7 +240,7 @@ func gcAndStatus(t *testing.T, c *chain, f *fake, rt *libcni.RuntimeConf) {
 		t.Errorf("GC that keeps the pod: %v", calls)
 	}
 	f.fail(errors.New("map is locked"))
-	if err := gc(&libcni.GCArgs{ValidAttachments: valid}); code(err) != codeRefused || !strings.Contains(err.Error(), "collect garbage: map is locked") {
+	if err := gc(&libcni.GCArgs{ValidAttachments: valid}); code(err) != codeRefused || !strings.Contains(err.Error(), ": map is locked") {
 		t.Errorf("GC that fails: %v", err)
 	}
 	f.fail(nil)
@@ -274,7 +274,7 @@ func TestAgentRefuses(t *testing.T) {
 	c := newChain(t, build(t), "1.1.0", agent(t, f))
 	rt, _ := sandbox(t, "shop", "web-0")
 	_, err := c.add(t, rt)
-	want := `plugin type="sluice-cni" failed (add): redirect pod shop/web-0: sluice.dev/backend: "ebfp": want auto, ebpf or iptables`
+	want := `plugin type="sluice-cni" failed (add): sluice.dev/backend: "ebfp": want auto, ebpf or iptables`
 	if err == nil || err.Error() != want || code(err) != codeRefused {
 		t.Errorf("got  %v (%d)\nwant %s", err, code(err), want)
 	}
@@ -309,7 +309,7 @@ func TestAgentDown(t *testing.T) {
 				t.Errorf("ADD took %v, want at most %v", took, cniapi.Budget)
 			}
 			e := add.cniError(t)
-			if e.Code != types.ErrTryAgainLater || !strings.HasPrefix(e.Msg, "redirect pod shop/web-0: sluice agent is not available on this node (socket "+tc.socket+"): ") ||
+			if e.Code != types.ErrTryAgainLater || !strings.HasPrefix(e.Msg, "sluice agent is not available on this node (socket "+tc.socket+"): ") ||
 				!strings.HasSuffix(e.Msg, tc.want+"; pod sandbox creation is retried by the kubelet") {
 				t.Errorf("ADD: %d %s", e.Code, e.Msg)
 			}

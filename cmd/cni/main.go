@@ -129,7 +129,7 @@ func (p *plugin) ask(c conf, args *skel.CmdArgs, verb func(cniapi.Handler, conte
 		return nil, err
 	}
 	if err := verb(p.agent(c.Socket), context.Background(), a); err != nil {
-		return nil, agentError(fmt.Errorf("redirect pod %s/%s: %w", a.PodNamespace, a.PodName, err))
+		return nil, agentError(err)
 	}
 	return raw, nil
 }
@@ -162,7 +162,7 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 		return err
 	}
 	if err := p.agent(c.Socket).GC(context.Background(), valid); err != nil {
-		return agentError(fmt.Errorf("collect garbage: %w", err))
+		return agentError(err)
 	}
 	return nil
 }
@@ -191,7 +191,8 @@ func attachment(pod pod, args *skel.CmdArgs) cniapi.Attachment {
 }
 
 // agentError tells an agent that did not answer, which may pass, from one that
-// refused.
+// refused. The agent's words stay as they are: runtime and kubelet name plugin,
+// verb and pod around them.
 func agentError(err error) error {
 	if errors.Is(err, cniapi.ErrUnavailable) {
 		return types.NewError(types.ErrTryAgainLater, err.Error(), "")
