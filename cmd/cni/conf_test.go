@@ -4,10 +4,13 @@ import (
 	"encoding/json"
 	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -231,4 +234,29 @@ func FuzzConf(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The example that users copy is one that libcni and the plugin accept.
+func TestDocumentedConfiguration(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join("..", "..", "docs", "cni.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(doc), "```json\n")
+	example, _, ok := strings.Cut(rest, "```")
+	if !ok {
+		t.Fatal("docs/cni.md has no example")
+	}
+	list, err := libcni.NetworkConfFromBytes([]byte(example))
+	if err != nil {
+		t.Fatal(err)
+	}
+	last := list.Plugins[len(list.Plugins)-1]
+	c, err := parseConf(last.Bytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if last.Network.Type != "sluice-cni" || c.Socket != cniapi.DefaultSocket || len(c.ExcludeNamespaces) == 0 {
+		t.Errorf("got %s, %+v", last.Network.Type, c)
+	}
 }
