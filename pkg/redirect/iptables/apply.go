@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -25,6 +26,9 @@ const (
 	VariantNFT    = "nft"
 	VariantLegacy = "legacy"
 )
+
+// localTimeout bounds the wait for the local route of a new address.
+const localTimeout = time.Second
 
 // A tool is iptables-restore and iptables-save of one variant and family.
 type tool struct {
@@ -181,7 +185,7 @@ func onLoopback(path string, fn func(*netlink.Handle, netlink.Link) error) error
 
 // addProxySource makes sure that lo has the address, and says whether it did
 // not have it before.
-func addProxySource(path string) (added bool, err error) {
+func addProxySource(ctx context.Context, path string) (added bool, err error) {
 	err = onLoopback(path, func(h *netlink.Handle, lo netlink.Link) error {
 		err := h.AddrAdd(lo, proxySource())
 		if errors.Is(err, unix.EEXIST) {
@@ -191,9 +195,34 @@ func addProxySource(path string) (added bool, err error) {
 			return fmt.Errorf("add address ::6 to lo: %w", err)
 		}
 		added = true
-		return nil
+		return waitLocal(ctx, h)
 	})
 	return added, err
+}
+
+// waitLocal waits until the kernel delivers to ::6. The local route comes from
+// a work queue after the address; a connection in between would stall until
+// its SYN is sent again, a second later.
+func waitLocal(ctx context.Context, h *netlink.Handle) error {
+	ctx, cancel := context.WithTimeout(ctx, localTimeout)
+	defer cancel()
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	local := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Dst: proxySource().IPNet}
+	for {
+		routes, err := h.RouteListFiltered(unix.AF_INET6, local, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_DST)
+		if err != nil {
+			return fmt.Errorf("list local routes: %w", err)
+		}
+		if len(routes) > 0 {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for local route to ::6: %w", ctx.Err())
+		case <-tick.C:
+		}
+	}
 }
 
 func removeProxySource(path string) error {

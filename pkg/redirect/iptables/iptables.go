@@ -179,7 +179,7 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 		return fmt.Errorf("redirect pod %s with iptables: %w", w.Pod, err)
 	}
 	if rec.variant(false) != "" {
-		added, err := addProxySource(w.Netns)
+		added, err := addProxySource(ctx, w.Netns)
 		if err != nil {
 			return err
 		}

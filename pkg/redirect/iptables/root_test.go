@@ -1,0 +1,313 @@
+package iptables_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
+	"github.com/sluicemesh/sluice/tests/need"
+	"github.com/sluicemesh/sluice/tests/netnstest"
+)
+
+// setup returns a Redirector, and a pod with the workload that describes it.
+func setup(t *testing.T) (*iptables.Redirector, *netnstest.Pod, redirect.Workload) {
+	t.Helper()
+	return setupIn(t, t.TempDir())
+}
+
+func setupIn(t *testing.T, dir string) (*iptables.Redirector, *netnstest.Pod, redirect.Workload) {
+	t.Helper()
+	need.Root(t)
+	for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
+		need.Tool(t, name)
+	}
+	r, err := iptables.New(iptables.Options{StateDir: dir})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := netnstest.NewNode(t).Pod(t, "pod")
+	return r, pod, redirect.Workload{
+		ID:         redirect.ID{PodUID: "uid", NetnsInode: pod.Inode(t)},
+		Pod:        "shop/web",
+		Netns:      pod.Netns,
+		Addrs:      pod.Addrs(),
+		Interfaces: []string{"eth0"},
+		Policy:     redirect.DefaultPolicy(),
+	}
+}
+
+func mustAdd(t *testing.T, r *iptables.Redirector, w redirect.Workload) {
+	t.Helper()
+	if err := r.Add(t.Context(), w); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// problem returns what List says of the only workload.
+func problem(t *testing.T, r *iptables.Redirector) error {
+	t.Helper()
+	list, err := r.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(list) != 1 {
+		t.Fatalf("List() = %v, want one workload", list)
+	}
+	return list[0].Problem
+}
+
+func TestChangesByOthersAreMended(t *testing.T) {
+	r, pod, w := setup(t)
+	mustAdd(t, r, w)
+	whole := pod.State(t)
+	for _, tc := range []struct{ name, cmd, args string }{
+		{"jump deleted", "iptables", "-t nat -D OUTPUT 1"},
+		{"jump doubled", "iptables", "-t nat -A PREROUTING -p tcp -j SLUICE_INBOUND"},
+		{"rule deleted", "ip6tables", "-t nat -D SLUICE_OUTPUT 4"},
+		{"rule added", "iptables", "-t nat -I SLUICE_OUTPUT -j RETURN"},
+		{"verdict changed", "ip6tables", "-t nat -R SLUICE_IN_CAPTURED 1 -j ACCEPT"},
+		{"chain added", "iptables", "-t nat -N SLUICE_OF_SOMEONE"},
+		{"table flushed", "iptables", "-t nat -F"},
+		{"filter flushed", "iptables", "-t filter -F"},
+		{"address removed", "ip", "-6 addr del ::6/128 dev lo"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			out, err := pod.Command(t, 0, need.Tool(t, tc.cmd), strings.Fields(tc.args)...).CombinedOutput()
+			if err != nil {
+				t.Fatalf("%s %s: %v\n%s", tc.cmd, tc.args, err, out)
+			}
+			if problem(t, r) == nil {
+				t.Error("List sees no problem")
+			}
+			mustAdd(t, r, w)
+			if err := problem(t, r); err != nil {
+				t.Errorf("after Add: %v", err)
+			}
+			if diff := whole.Diff(pod.State(t)); diff != "" {
+				t.Errorf("after Add the namespace differs:\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestRulesOfOthersStay(t *testing.T) {
+	r, pod, w := setup(t)
+	for _, args := range []string{"-t nat -A OUTPUT -d 192.0.2.1/32 -j RETURN", "-A INPUT -s 192.0.2.1/32 -j DROP"} {
+		if out, err := pod.Command(t, 0, need.Tool(t, "iptables-legacy"), strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("iptables-legacy: %v\n%s", err, out)
+		}
+	}
+	before := pod.State(t)
+	mustAdd(t, r, w)
+	state := strings.Join(pod.State(t), "\n")
+	if !strings.Contains(state, "iptables-legacy-save :SLUICE_OUTPUT") || strings.Contains(state, "\niptables-nft-save :SLUICE_OUTPUT") {
+		t.Errorf("rules were not put where the others are:\n%s", state)
+	}
+	if !strings.Contains(state, "ip6tables-nft-save :SLUICE_OUTPUT") {
+		t.Errorf("rules of IPv4 decided for IPv6:\n%s", state)
+	}
+	if err := r.Remove(t.Context(), w.ID); err != nil {
+		t.Fatal(err)
+	}
+	if diff := before.Diff(pod.State(t)); diff != "" {
+		t.Errorf("the namespace is not as before:\n%s", diff)
+	}
+}
+
+func TestLostRecordIsFoundInTheRules(t *testing.T) {
+	dir := t.TempDir()
+	r, pod, w := setupIn(t, dir)
+	before := pod.State(t)
+	mustAdd(t, r, w)
+	records, err := filepath.Glob(filepath.Join(dir, "*.json"))
+	if err != nil || len(records) != 1 {
+		t.Fatalf("records %v, %v", records, err)
+	}
+	if err := os.WriteFile(records[0], []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.List(t.Context()); err == nil {
+		t.Error("List says nothing of a broken record")
+	}
+	mustAdd(t, r, w)
+	if err := problem(t, r); err != nil {
+		t.Error(err)
+	}
+	if err := r.Remove(t.Context(), w.ID); err != nil {
+		t.Fatal(err)
+	}
+	after := pod.State(t)
+	// Whose address it is cannot be known without the record.
+	if diff := before.Diff(after); diff != "" && !strings.Contains(diff, "::6/128") {
+		t.Errorf("the namespace is not as before:\n%s", diff)
+	}
+}
+
+func TestUninstall(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	r, pod, w := setupIn(t, dir)
+	before := pod.State(t)
+	mustAdd(t, r, w)
+	for range 2 {
+		if err := iptables.Uninstall(t.Context(), iptables.Options{StateDir: dir}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := before.Diff(pod.State(t)); diff != "" {
+		t.Errorf("the namespace is not as before:\n%s", diff)
+	}
+	if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the records are still there: %v", err)
+	}
+}
+
+func TestManyAtOnce(t *testing.T) {
+	r, _, w := setup(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			w := w
+			w.Policy.Outbound.ExcludePorts.List = []uint16{uint16(1000 + i)}
+			for range 3 {
+				if err := r.Add(ctx, w); err != nil {
+					t.Error(err)
+				}
+				if _, err := r.List(ctx); err != nil {
+					t.Error(err)
+				}
+				if _, err := r.Counters(ctx); err != nil {
+					t.Error(err)
+				}
+			}
+		}()
+	}
+	wg.Wait()
+	if err := problem(t, r); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAnotherNamespaceUnderThePath(t *testing.T) {
+	r, _, w := setup(t)
+	w.ID.NetnsInode++
+	if err := r.Add(t.Context(), w); !errors.Is(err, redirect.ErrGone) {
+		t.Errorf("got %v, want ErrGone", err)
+	}
+}
+
+func TestRefused(t *testing.T) {
+	r, _, good := setup(t)
+	for name, change := range map[string]func(*redirect.Workload){
+		"wildcard interface": func(w *redirect.Workload) { w.Policy.ExcludeInterfaces = []string{"eth+"} },
+		"words":              func(w *redirect.Workload) { w.Interfaces = []string{"eth0 -j ACCEPT"} },
+		"no address":         func(w *redirect.Workload) { w.Addrs = nil },
+		"two of a family":    func(w *redirect.Workload) { w.Addrs = []netip.Addr{w.Addrs[0], w.Addrs[0]} },
+		"mapped address": func(w *redirect.Workload) {
+			w.Addrs = []netip.Addr{netip.AddrFrom16(w.Addrs[0].As16())}
+		},
+	} {
+		w := good
+		change(&w)
+		if err := r.Add(t.Context(), w); err == nil {
+			t.Errorf("%s was taken", name)
+		}
+	}
+}
+
+func TestNoSuchVariant(t *testing.T) {
+	if _, err := iptables.New(iptables.Options{StateDir: t.TempDir(), Variant: "pf"}); err == nil {
+		t.Error("variant pf was taken")
+	}
+}
+
+func TestMissingPrograms(t *testing.T) {
+	need.Root(t)
+	if _, err := os.Stat("/usr/sbin/iptables-nft-restore"); err == nil {
+		t.Log("programs are found beside PATH here")
+		return
+	}
+	t.Setenv("PATH", t.TempDir())
+	err := iptables.Probe(iptables.Options{})
+	if !errors.Is(err, redirect.ErrNotSupported) || !strings.Contains(err.Error(), "iptables-nft-restore") {
+		t.Errorf("got %v, want ErrNotSupported that names the program", err)
+	}
+}
+
+// BenchmarkConnect measures a connection that an app opens to a server of the
+// same namespace's peer while the policy excludes many ranges and ports, none
+// of which it matches: the longest walk through the rules.
+func BenchmarkConnect(b *testing.B) {
+	need.Root(b)
+	for _, variant := range []string{iptables.VariantNFT, iptables.VariantLegacy} {
+		for _, size := range []struct{ cidrs, ports int }{{0, 0}, {8, 15}, {500, 200}} {
+			b.Run(fmt.Sprintf("%s/cidrs=%d,ports=%d", variant, size.cidrs, size.ports), func(b *testing.B) {
+				benchmarkConnect(b, variant, size.cidrs, size.ports)
+			})
+		}
+	}
+}
+
+func benchmarkConnect(b *testing.B, variant string, cidrs, ports int) {
+	r, err := iptables.New(iptables.Options{StateDir: b.TempDir(), Variant: variant})
+	if err != nil {
+		b.Fatal(err)
+	}
+	node := netnstest.NewNode(b)
+	pod, peer := node.Pod(b, "pod"), node.Pod(b, "peer")
+	w := redirect.Workload{
+		ID:  redirect.ID{PodUID: "uid", NetnsInode: pod.Inode(b)},
+		Pod: "shop/web", Netns: pod.Netns, Addrs: pod.Addrs(), Interfaces: []string{"eth0"},
+		Policy: redirect.DefaultPolicy(),
+	}
+	// Not captured in the end: the connection itself costs the same each time.
+	w.Policy.Outbound.IncludeCIDRs = redirect.CIDRs{}
+	for i := range cidrs {
+		w.Policy.Outbound.ExcludeCIDRs.List = append(w.Policy.Outbound.ExcludeCIDRs.List,
+			netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 87, byte(i / 2), byte(i % 2 * 128)}), 25))
+	}
+	for i := range ports {
+		w.Policy.Outbound.ExcludePorts.List = append(w.Policy.Outbound.ExcludePorts.List, uint16(1000+2*i))
+	}
+	if err := r.Add(b.Context(), w); err != nil {
+		b.Fatal(err)
+	}
+	s := peer.Serve(b, netip.AddrPortFrom(peer.Addr4, 0), "peer")
+	err = pod.Do(func() error {
+		for b.Loop() {
+			if err := connectOnce(s.Addr); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+}
+
+// connectOnce opens a connection and resets it, so that no port is held.
+func connectOnce(to netip.AddrPort) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	err = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	if err == nil {
+		err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()})
+	}
+	return errors.Join(err, unix.Close(fd))
+}
