@@ -87,14 +87,26 @@ func TestInterfaces(t *testing.T) {
 		want     []cniapi.Interface
 		err      string
 	}{
-		{"both families", `{` + links + `,"ips":[{"interface":2,"address":"10.1.0.5/16"},{"interface":2,"address":"fd00::5/64"}]}`,
-			[]cniapi.Interface{{Name: "eth0", Addrs: addrs("10.1.0.5", "fd00::5")}}, ""},
-		{"two interfaces", `{` + links + `,"ips":[{"interface":3,"address":"10.2.0.5/16"},{"interface":2,"address":"10.1.0.5/16"}]}`,
-			[]cniapi.Interface{{Name: "net1", Addrs: addrs("10.2.0.5")}, {Name: "eth0", Addrs: addrs("10.1.0.5")}}, ""},
-		{"of the node", `{` + links + `,"ips":[{"interface":0,"address":"10.1.0.1/16"},{"interface":2,"address":"10.1.0.5/16"}]}`,
-			[]cniapi.Interface{{Name: "eth0", Addrs: addrs("10.1.0.5")}}, ""},
-		{"no index, as Calico", `{"interfaces":[{"name":"cali1"}],"ips":[{"address":"10.1.0.5/32"}]}`,
-			[]cniapi.Interface{{Name: "eth9", Addrs: addrs("10.1.0.5")}}, ""},
+		{
+			"both families", `{` + links + `,"ips":[{"interface":2,"address":"10.1.0.5/16"},{"interface":2,"address":"fd00::5/64"}]}`,
+			[]cniapi.Interface{{Name: "eth0", Addrs: addrs("10.1.0.5", "fd00::5")}},
+			"",
+		},
+		{
+			"two interfaces", `{` + links + `,"ips":[{"interface":3,"address":"10.2.0.5/16"},{"interface":2,"address":"10.1.0.5/16"}]}`,
+			[]cniapi.Interface{{Name: "net1", Addrs: addrs("10.2.0.5")}, {Name: "eth0", Addrs: addrs("10.1.0.5")}},
+			"",
+		},
+		{
+			"of the node", `{` + links + `,"ips":[{"interface":0,"address":"10.1.0.1/16"},{"interface":2,"address":"10.1.0.5/16"}]}`,
+			[]cniapi.Interface{{Name: "eth0", Addrs: addrs("10.1.0.5")}},
+			"",
+		},
+		{
+			"no index, as Calico", `{"interfaces":[{"name":"cali1"}],"ips":[{"address":"10.1.0.5/32"}]}`,
+			[]cniapi.Interface{{Name: "eth9", Addrs: addrs("10.1.0.5")}},
+			"",
+		},
 		{"no address", `{` + links + `}`, nil, ""},
 		{"index too high", `{` + links + `,"ips":[{"interface":4,"address":"10.1.0.5/16"}]}`, nil, "address 10.1.0.5 is of interface 4 of 4"},
 		{"bad address", `{"ips":[{"address":"10.1.0/16"}]}`, nil, `prevResult: address: netip.ParsePrefix("10.1.0/16")`},

@@ -79,9 +79,11 @@ func (f *fake) Del(_ context.Context, a cniapi.Attachment) error { return f.wait
 func (f *fake) Check(_ context.Context, a cniapi.Attachment) error {
 	return f.wait(f.note("check", a))
 }
+
 func (f *fake) Status(context.Context) error {
 	return f.wait(f.note("status", cniapi.Attachment{}))
 }
+
 func (f *fake) GC(_ context.Context, valid []cniapi.AttachmentID) error {
 	f.valid = valid
 	return f.wait(f.note("gc", cniapi.Attachment{}))
@@ -181,23 +183,39 @@ func TestErrors(t *testing.T) {
 		code       uint
 		msg        string
 	}{
-		{"first in the chain", network(sock), request("ADD"), types.ErrInvalidNetworkConfig,
-			"sluice-cni configuration: prevResult is missing: sluice-cni must stand in a chain, after the plugin that makes the pod's interface"},
-		{"check without result", network(sock), request("CHECK"), types.ErrInvalidNetworkConfig,
-			"sluice-cni configuration: prevResult is missing: sluice-cni must stand in a chain, after the plugin that makes the pod's interface"},
-		{"wrong type", network(`"socket":["x"],"prevResult":` + prev), request("ADD"), types.ErrDecodingFailure,
-			"sluice-cni configuration: socket: want a string, got array"},
-		{"agent down", network(sock + `,"prevResult":` + prev), request("ADD"), types.ErrTryAgainLater,
-			down + "; pod sandbox creation is retried by the kubelet"},
-		{"check, agent down", network(sock + `,"prevResult":` + prev), request("CHECK"), types.ErrTryAgainLater,
-			down},
-		{"gc, agent down", network(sock + `,"cni.dev/valid-attachments":[]`), request("GC"), types.ErrTryAgainLater,
-			down},
-		{"gc of what?", network(sock), request("GC"), types.ErrInvalidNetworkConfig,
-			"sluice-cni configuration: cni.dev/valid-attachments is missing"},
+		{
+			"first in the chain", network(sock), request("ADD"), types.ErrInvalidNetworkConfig,
+			"sluice-cni configuration: prevResult is missing: sluice-cni must stand in a chain, after the plugin that makes the pod's interface",
+		},
+		{
+			"check without result", network(sock), request("CHECK"), types.ErrInvalidNetworkConfig,
+			"sluice-cni configuration: prevResult is missing: sluice-cni must stand in a chain, after the plugin that makes the pod's interface",
+		},
+		{
+			"wrong type", network(`"socket":["x"],"prevResult":` + prev), request("ADD"), types.ErrDecodingFailure,
+			"sluice-cni configuration: socket: want a string, got array",
+		},
+		{
+			"agent down", network(sock + `,"prevResult":` + prev), request("ADD"), types.ErrTryAgainLater,
+			down + "; pod sandbox creation is retried by the kubelet",
+		},
+		{
+			"check, agent down", network(sock + `,"prevResult":` + prev), request("CHECK"), types.ErrTryAgainLater,
+			down,
+		},
+		{
+			"gc, agent down", network(sock + `,"cni.dev/valid-attachments":[]`), request("GC"), types.ErrTryAgainLater,
+			down,
+		},
+		{
+			"gc of what?", network(sock), request("GC"), types.ErrInvalidNetworkConfig,
+			"sluice-cni configuration: cni.dev/valid-attachments is missing",
+		},
 		{"status, agent down", network(sock), request("STATUS"), types.ErrPluginNotAvailable, down},
-		{"half a pod", network(sock + `,"prevResult":` + prev), request("ADD", "CNI_ARGS=K8S_POD_NAME=x"), types.ErrInvalidEnvironmentVariables,
-			"CNI_ARGS: of K8S_POD_NAMESPACE and K8S_POD_NAME there is only one"},
+		{
+			"half a pod", network(sock + `,"prevResult":` + prev), request("ADD", "CNI_ARGS=K8S_POD_NAME=x"), types.ErrInvalidEnvironmentVariables,
+			"CNI_ARGS: of K8S_POD_NAMESPACE and K8S_POD_NAME there is only one",
+		},
 		{"old version", strings.Replace(network(sock), "1.1.0", "0.2.0", 1), request("ADD"), types.ErrIncompatibleCNIVersion, "incompatible CNI versions"},
 		{"check before 0.4.0", strings.Replace(network(sock), "1.1.0", "0.3.1", 1), request("CHECK"), types.ErrIncompatibleCNIVersion, "config version does not allow CHECK"},
 		{"gc before 1.1.0", strings.Replace(network(sock), "1.1.0", "1.0.0", 1), request("GC"), types.ErrIncompatibleCNIVersion, "config version does not allow GC"},

@@ -44,6 +44,7 @@ func (f *fake) Add(ctx context.Context, a Attachment) error   { return f.note(ct
 func (f *fake) Del(ctx context.Context, a Attachment) error   { return f.note(ctx, "del", a) }
 func (f *fake) Check(ctx context.Context, a Attachment) error { return f.note(ctx, "check", a) }
 func (f *fake) Status(ctx context.Context) error              { return f.note(ctx, "status", Attachment{}) }
+
 func (f *fake) GC(ctx context.Context, valid []AttachmentID) error {
 	f.valid = valid
 	return f.note(ctx, "gc", Attachment{})

@@ -122,9 +122,14 @@ func (s *Server) Run(ctx context.Context) error {
 	stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*s.budget)
 	defer cancel()
 	err := srv.Shutdown(stop)
-	<-served
 	if err != nil {
-		return fmt.Errorf("end the CNI server on %s: %w", s.o.Socket, errors.Join(err, srv.Close()))
+		err = errors.Join(err, srv.Close())
+	}
+	if serr := <-served; !errors.Is(serr, http.ErrServerClosed) {
+		err = errors.Join(err, serr)
+	}
+	if err != nil {
+		return fmt.Errorf("end the CNI server on %s: %w", s.o.Socket, err)
 	}
 	return nil
 }
