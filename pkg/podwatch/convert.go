@@ -187,7 +187,7 @@ func convertRoute(in *gatewayv1.HTTPRoute) *HTTPRoute {
 			out.Parents = append(out.Parents, RouteParent{
 				Namespace:   string(deref(p.Namespace, gatewayv1.Namespace(in.Namespace))),
 				Name:        string(p.Name),
-				Port:        port(int32(deref(p.Port, 0))),
+				Port:        port(deref(p.Port, 0)),
 				SectionName: string(deref(p.SectionName, "")),
 			})
 		}
@@ -220,7 +220,7 @@ func convertRule(namespace string, in *gatewayv1.HTTPRouteRule) HTTPRouteRule {
 			Kind:      string(deref(b.Kind, gatewayv1.Kind(KindService))),
 			Namespace: string(deref(b.Namespace, gatewayv1.Namespace(namespace))),
 			Name:      string(b.Name),
-			Port:      port(int32(deref(b.Port, 0))),
+			Port:      port(deref(b.Port, 0)),
 			Weight:    uint32(max(0, deref(b.Weight, 1))),
 		}
 		backend.RequestHeaders, backend.ResponseHeaders, backend.Unsupported = convertFilters(b.Filters)

@@ -56,23 +56,28 @@ func TestDeriveSlices(t *testing.T) {
 		want    []string
 	}{
 		"ready": {
-			Service{Ports: number}, []*Pod{pod("a", nil)},
+			Service{Ports: number},
+			[]*Pod{pod("a", nil)},
 			[]string{"web-derived-v4 http=8080 [10.1.0.1] a@n1 ready serving"},
 		},
 		"not ready": {
-			Service{Ports: number}, []*Pod{pod("a", func(p *Pod) { p.Ready = false })},
+			Service{Ports: number},
+			[]*Pod{pod("a", func(p *Pod) { p.Ready = false })},
 			[]string{"web-derived-v4 http=8080 [10.1.0.1] a@n1"},
 		},
 		"not ready, published": {
-			Service{Ports: number, PublishNotReadyAddresses: true}, []*Pod{pod("a", func(p *Pod) { p.Ready = false })},
+			Service{Ports: number, PublishNotReadyAddresses: true},
+			[]*Pod{pod("a", func(p *Pod) { p.Ready = false })},
 			[]string{"web-derived-v4 http=8080 [10.1.0.1] a@n1 ready"},
 		},
 		"terminating": {
-			Service{Ports: number}, []*Pod{pod("a", func(p *Pod) { p.Terminating = true })},
+			Service{Ports: number},
+			[]*Pod{pod("a", func(p *Pod) { p.Terminating = true })},
 			[]string{"web-derived-v4 http=8080 [10.1.0.1] a@n1 serving terminating"},
 		},
 		"terminating, published": {
-			Service{Ports: number, PublishNotReadyAddresses: true}, []*Pod{pod("a", func(p *Pod) { p.Terminating = true })},
+			Service{Ports: number, PublishNotReadyAddresses: true},
+			[]*Pod{pod("a", func(p *Pod) { p.Terminating = true })},
 			[]string{"web-derived-v4 http=8080 [10.1.0.1] a@n1 ready serving terminating"},
 		},
 		"finished and without address": {
@@ -153,29 +158,56 @@ func TestDeriverFollows(t *testing.T) {
 		worked  []string
 		want    map[string]string
 	}{
-		{"services first", put(newService("web", web, port), newService("v2", v2, port), newService("db", map[string]string{"app": "db"}, port)),
-			[]string{}, map[string]string{}},
+		{
+			"services first", put(newService("web", web, port), newService("v2", v2, port), newService("db", map[string]string{"app": "db"}, port)),
+			[]string{},
+			map[string]string{},
+		},
 		{"a pod without address", put(pod("a", "", web)), []string{}, map[string]string{}},
 		{"it gets one", put(pod("a", "10.0.0.1", web)), []string{"web"}, map[string]string{"web": "10.0.0.1"}},
-		{"another of both", put(pod("b", "10.0.0.2", v2)), []string{"v2", "web"},
-			map[string]string{"web": "10.0.0.1 10.0.0.2", "v2": "10.0.0.2"}},
-		{"it changes its labels", put(pod("b", "10.0.0.2", map[string]string{"app": "db"})), []string{"db", "v2", "web"},
-			map[string]string{"web": "10.0.0.1", "db": "10.0.0.2"}},
-		{"a slice is written", put(written("web")), []string{"web"},
-			map[string]string{"web": "192.0.2.1", "db": "10.0.0.2"}},
-		{"a pod changes meanwhile", put(pod("a", "10.0.0.9", web)), []string{},
-			map[string]string{"web": "192.0.2.1", "db": "10.0.0.2"}},
-		{"the slice moves to another service", put(written("db")), []string{"db", "web"},
-			map[string]string{"web": "10.0.0.9", "db": "192.0.2.1"}},
-		{"the slice goes", []Change{{Key: written("db").Key()}}, []string{"db"},
-			map[string]string{"web": "10.0.0.9", "db": "10.0.0.2"}},
-		{"the selector changes", put(newService("web", map[string]string{"app": "db"}, port)), []string{"web"},
-			map[string]string{"web": "10.0.0.2", "db": "10.0.0.2"}},
+		{
+			"another of both", put(pod("b", "10.0.0.2", v2)),
+			[]string{"v2", "web"},
+			map[string]string{"web": "10.0.0.1 10.0.0.2", "v2": "10.0.0.2"},
+		},
+		{
+			"it changes its labels", put(pod("b", "10.0.0.2", map[string]string{"app": "db"})),
+			[]string{"db", "v2", "web"},
+			map[string]string{"web": "10.0.0.1", "db": "10.0.0.2"},
+		},
+		{
+			"a slice is written", put(written("web")),
+			[]string{"web"},
+			map[string]string{"web": "192.0.2.1", "db": "10.0.0.2"},
+		},
+		{
+			"a pod changes meanwhile", put(pod("a", "10.0.0.9", web)),
+			[]string{},
+			map[string]string{"web": "192.0.2.1", "db": "10.0.0.2"},
+		},
+		{
+			"the slice moves to another service", put(written("db")),
+			[]string{"db", "web"},
+			map[string]string{"web": "10.0.0.9", "db": "192.0.2.1"},
+		},
+		{
+			"the slice goes",
+			[]Change{{Key: written("db").Key()}},
+			[]string{"db"},
+			map[string]string{"web": "10.0.0.9", "db": "10.0.0.2"},
+		},
+		{
+			"the selector changes", put(newService("web", map[string]string{"app": "db"}, port)),
+			[]string{"web"},
+			map[string]string{"web": "10.0.0.2", "db": "10.0.0.2"},
+		},
 		{"the selector goes", put(newService("web", nil, port)), []string{"web"}, map[string]string{"db": "10.0.0.2"}},
 		{"the pod goes", []Change{{Key: pod("b", "", nil).Key()}}, []string{"db"}, map[string]string{}},
 		{"all goes", []Change{
-			{Key: Key{KindService, "shop", "db"}}, {Key: Key{KindService, "shop", "v2"}},
-			{Key: Key{KindService, "shop", "web"}}, {Key: Key{KindPod, "shop", "a"}},
+			{Key: Key{KindService, "shop", "db"}},
+			{Key: Key{KindService, "shop", "v2"}},
+			{Key: Key{KindService, "shop", "web"}},
+			{Key: Key{KindPod, "shop", "a"}},
 		}, []string{}, map[string]string{}},
 	} {
 		changes := d.apply(slices.Clone(step.changes))

@@ -169,11 +169,16 @@ func (f *Files) Run(ctx context.Context) error {
 	return nil
 }
 
+// A todo is what events have asked to read.
+type todo struct {
+	names map[string]struct{}
+	all   bool
+	since time.Time // zero if nothing was asked
+}
+
 // follow collects events until it is quiet and reads what they name.
 func (f *Files) follow(ctx context.Context, w *dirWatch) {
-	dirty := map[string]struct{}{}
-	all := false
-	var first time.Time
+	next := todo{names: map[string]struct{}{}}
 	timer := time.NewTimer(f.nextRescan())
 	defer timer.Stop()
 	for {
@@ -184,7 +189,7 @@ func (f *Files) follow(ctx context.Context, w *dirWatch) {
 			if !ok {
 				return
 			}
-			if !f.concerns(e, w, dirty, &all) {
+			if !next.add(e, w) {
 				continue
 			}
 		case err, ok := <-w.errs:
@@ -193,39 +198,38 @@ func (f *Files) follow(ctx context.Context, w *dirWatch) {
 			}
 			// An overflow, or another reason not to trust the events.
 			f.log.Warn("watching the source directory", "err", err)
-			all = true
+			next.all = true
 		case <-timer.C:
-			if all || len(dirty) == 0 {
+			if next.all || next.since.IsZero() {
 				f.scan(w)
 			}
-			f.read(slices.Sorted(maps.Keys(dirty)), true)
+			f.read(slices.Sorted(maps.Keys(next.names)), true)
 			f.tellProblems()
-			clear(dirty)
-			all, first = false, time.Time{}
+			next = todo{names: map[string]struct{}{}}
 			timer.Reset(f.nextRescan())
 			continue
 		}
-		if first.IsZero() {
-			first = time.Now()
+		if next.since.IsZero() {
+			next.since = time.Now()
 		}
-		timer.Reset(min(filesQuiet, max(0, time.Until(first.Add(filesMaxDelay)))))
+		timer.Reset(min(filesQuiet, max(0, time.Until(next.since.Add(filesMaxDelay)))))
 	}
 }
 
-// concerns notes what an event is about and says whether that is of interest.
-func (f *Files) concerns(e fsnotify.Event, w *dirWatch, dirty map[string]struct{}, all *bool) bool {
+// add notes what an event is about and says whether that is of interest.
+func (d *todo) add(e fsnotify.Event, w *dirWatch) bool {
 	name := filepath.Base(e.Name)
 	switch {
-	case e.Name == f.dir:
+	case e.Name == w.dir:
 		// The directory itself was removed or renamed, and the watch is gone.
 		w.watched = nil
-		*all = true
+		d.all = true
 	case name == "..data":
 		// The way kubelet changes the files of a mounted ConfigMap at once:
 		// they are symbolic links that lead through this one.
-		*all = true
+		d.all = true
 	case isYAML(name):
-		dirty[name] = struct{}{}
+		d.names[name] = struct{}{}
 	default:
 		return false // an editor's or a writer's temporary file
 	}

@@ -205,31 +205,38 @@ func TestLastGoodStays(t *testing.T) {
 		problems    []string
 	}{
 		"document is broken": {
-			service("a", 1) + service("b", 2), service("a", 3) + broken, []string{"a=3", "b=2"},
+			service("a", 1) + service("b", 2), service("a", 3) + broken,
+			[]string{"a=3", "b=2"},
 			[]string{"f.yaml:14: Service shop/b: " + brokenText},
 		},
 		"document is broken, another one removed": {
-			service("a", 1) + service("b", 2) + service("c", 3), service("a", 3) + broken, []string{"a=3", "b=2"},
+			service("a", 1) + service("b", 2) + service("c", 3), service("a", 3) + broken,
+			[]string{"a=3", "b=2"},
 			[]string{"f.yaml:14: Service shop/b: " + brokenText},
 		},
 		"document is broken from the start": {
-			service("a", 1), service("a", 3) + broken, []string{"a=3"},
+			service("a", 1), service("a", 3) + broken,
+			[]string{"a=3"},
 			[]string{"f.yaml:14: Service shop/b: " + brokenText},
 		},
 		"one document does not parse": {
-			service("a", 1) + service("b", 2), "---\nkind: [\n" + service("b", 4), []string{"a=1", "b=4"},
+			service("a", 1) + service("b", 2), "---\nkind: [\n" + service("b", 4),
+			[]string{"a=1", "b=4"},
 			[]string{"f.yaml:2: not YAML: did not find expected node content"},
 		},
 		"nothing parses": {
-			service("a", 1) + service("b", 2), "\tx", []string{"a=1", "b=2"},
+			service("a", 1) + service("b", 2), "\tx",
+			[]string{"a=1", "b=2"},
 			[]string{"f.yaml:1: not YAML: found character that cannot start any token"},
 		},
 		"truncated to nothing": {
-			service("a", 1) + service("b", 2), "", []string{"a=1", "b=2"},
+			service("a", 1) + service("b", 2), "",
+			[]string{"a=1", "b=2"},
 			[]string{"f.yaml:1: is empty: its objects stay until it has content or is deleted"},
 		},
 		"kind is misspelt": {
-			service("a", 1) + service("b", 2), service("a", 3) + strings.Replace(service("b", 4), "Service", "Servce", 1), []string{"a=3", "b=2"},
+			service("a", 1) + service("b", 2), service("a", 3) + strings.Replace(service("b", 4), "Service", "Servce", 1),
+			[]string{"a=3", "b=2"},
 			[]string{"f.yaml:10: Servce shop/b: unknown kind Servce of v1, ignored"},
 		},
 	} {
@@ -403,6 +410,26 @@ func TestInotifyLimits(t *testing.T) {
 		w.write("a.yaml", service("a", 1))
 		w.wait("a=1")
 	}
+}
+
+// TestOverflow loses the events of a change, as the kernel does when its queue
+// is full, and then gets the notice of that.
+func TestOverflow(t *testing.T) {
+	w := &watching{t: t, dir: t.TempDir(), store: NewStore(StoreOptions{}), problems: make(chan []Problem, 100)}
+	var inotify *fsnotify.Watcher
+	files, err := newFiles(FilesOptions{Dir: w.dir, Store: w.store, Rescan: time.Hour},
+		func() (*fsnotify.Watcher, error) {
+			var err error
+			inotify, err = fsnotify.NewWatcher()
+			return inotify, err
+		})
+	w.must(err)
+	w.files = files
+	w.run()
+	w.must(inotify.Remove(w.dir))
+	w.write("a.yaml", service("a", 1))
+	inotify.Errors <- fsnotify.ErrEventOverflow
+	w.wait("a=1")
 }
 
 func TestUnreadableFiles(t *testing.T) {

@@ -54,12 +54,16 @@ func TestParseGood(t *testing.T) {
 			},
 		},
 		"good/list.json": {
-			&Service{Meta: Meta{Namespace: "default", Name: "headless", UID: "fixed"}, Headless: true,
-				PublishNotReadyAddresses: true, Ports: []ServicePort{{Port: 80, TargetPort: 80}}},
+			&Service{
+				Meta: Meta{Namespace: "default", Name: "headless", UID: "fixed"}, Headless: true,
+				PublishNotReadyAddresses: true, Ports: []ServicePort{{Port: 80, TargetPort: 80}},
+			},
 			&Service{Meta: Meta{Namespace: "default", Name: "elsewhere", UID: "fixed"}, ExternalName: "example.org"},
 			&EndpointSlice{
-				Meta: Meta{Namespace: "default", Name: "headless-1", UID: "fixed",
-					Labels: map[string]string{"kubernetes.io/service-name": "headless"}},
+				Meta: Meta{
+					Namespace: "default", Name: "headless-1", UID: "fixed",
+					Labels: map[string]string{"kubernetes.io/service-name": "headless"},
+				},
 				Service: "headless",
 				Ports:   []EndpointPort{{Port: 8080}},
 				Endpoints: []Endpoint{
@@ -82,8 +86,10 @@ func TestParseGood(t *testing.T) {
 						}},
 						RequestHeaders: HeaderModifier{Set: []Header{{"x-a", "1"}}, Add: []Header{{"x-b", "2"}}, Remove: []string{"x-c"}},
 						Backends: []HTTPBackend{
-							{Kind: "Service", Namespace: "shop", Name: "reviews-v2", Port: 9080, Weight: 90,
-								ResponseHeaders: HeaderModifier{Add: []Header{{"x-version", "v2"}}}},
+							{
+								Kind: "Service", Namespace: "shop", Name: "reviews-v2", Port: 9080, Weight: 90,
+								ResponseHeaders: HeaderModifier{Add: []Header{{"x-version", "v2"}}},
+							},
 							{Kind: "Service", Namespace: "other", Name: "reviews-v3", Port: 9080},
 						},
 						RequestTimeout: 90 * time.Second, BackendTimeout: 500 * time.Millisecond,

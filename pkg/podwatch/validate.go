@@ -251,7 +251,7 @@ func validateRoute(in *gatewayv1.HTTPRoute) field.ErrorList {
 		at := spec.Child("parentRefs").Index(i)
 		c.required(at.Child("name"), p.Name == "")
 		if p.Port != nil {
-			c.port(at.Child("port"), int32(*p.Port))
+			c.port(at.Child("port"), *p.Port)
 		}
 	}
 	names := map[gatewayv1.SectionName]bool{}
@@ -411,7 +411,7 @@ func (c *check) backend(at *field.Path, b *gatewayv1.HTTPBackendRef) {
 	c.required(at.Child("name"), b.Name == "")
 	service := deref(b.Group, "") == "" && deref(b.Kind, gatewayv1.Kind(KindService)) == gatewayv1.Kind(KindService)
 	if b.Port != nil {
-		c.port(at.Child("port"), int32(*b.Port))
+		c.port(at.Child("port"), *b.Port)
 	} else {
 		c.required(at.Child("port"), service)
 	}
