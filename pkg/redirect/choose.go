@@ -37,7 +37,8 @@ type Chosen struct {
 
 	mu       sync.Mutex
 	backends map[Backend]Redirector // those that are open
-	failed   map[Backend]error      // why one cannot be opened: asked once
+	failed   map[Backend]error      // what is not supported: asked once
+	where    map[ID]Backend         // what has a workload, as far as this process knows
 }
 
 var (
@@ -62,6 +63,7 @@ func Choose(o Options) (*Chosen, error) {
 		open:     map[Backend]func() (Redirector, error){BackendEBPF: o.NewEBPF, BackendIPTables: o.NewIPTables},
 		backends: map[Backend]Redirector{},
 		failed:   map[Backend]error{},
+		where:    map[ID]Backend{},
 	}
 	auto := c.node == BackendAuto
 	if auto {
@@ -98,7 +100,9 @@ func (c *Chosen) backend(name Backend) (Redirector, error) {
 	}
 	r, err := c.open[name]()
 	if err != nil {
-		c.failed[name] = err
+		if errors.Is(err, ErrNotSupported) { // else it may go better next time
+			c.failed[name] = err
+		}
 		return nil, err
 	}
 	c.backends[name] = r
@@ -128,7 +132,8 @@ func (c *Chosen) each(f func(Backend, Redirector) error) error {
 
 // Add implements Redirector. A workload that another backend has moves: the
 // new backend takes it before the old one lets go, so that no connection is
-// missed in between.
+// missed in between. An error that wraps ErrNotSupported means that the node
+// cannot have the backend that the pod asks for.
 func (c *Chosen) Add(ctx context.Context, w Workload) error {
 	name := w.Policy.Backend
 	if name == "" || name == BackendAuto {
@@ -141,16 +146,46 @@ func (c *Chosen) Add(ctx context.Context, w Workload) error {
 	if err := r.Add(ctx, w); err != nil {
 		return err
 	}
-	return c.each(func(other Backend, r Redirector) error {
+	if c.known(w.ID) == name {
+		return nil
+	}
+	// Unknown counts as elsewhere: an earlier agent may have ended amid a move.
+	others := 0
+	err = c.each(func(other Backend, r Redirector) error {
 		if other == name {
 			return nil
 		}
+		others++
 		return r.Remove(ctx, w.ID)
 	})
+	if err != nil {
+		return err
+	}
+	if others > 0 {
+		// Both need ::6 on the pod's loopback, and the one that leaves takes it
+		// along. Adding what is there only mends.
+		if err := r.Add(ctx, w); err != nil {
+			return err
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.where[w.ID] = name
+	return nil
+}
+
+// known returns the backend that has a workload, "" if that is not known.
+func (c *Chosen) known(id ID) Backend {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.where[id]
 }
 
 // Remove implements Redirector.
 func (c *Chosen) Remove(ctx context.Context, id ID) error {
+	c.mu.Lock()
+	delete(c.where, id)
+	c.mu.Unlock()
 	return c.each(func(_ Backend, r Redirector) error { return r.Remove(ctx, id) })
 }
 
@@ -168,6 +203,9 @@ func (c *Chosen) List(ctx context.Context) ([]Installed, error) {
 	})
 	for i := len(all) - 1; i > 0; i-- {
 		if all[i].ID == all[i-1].ID {
+			c.mu.Lock()
+			delete(c.where, all[i].ID) // so that Add removes one of them
+			c.mu.Unlock()
 			all[i-1].Problem = errors.Join(all[i-1].Problem, errors.New("both backends redirect the pod"))
 			all = slices.Delete(all, i, i+1)
 		}
