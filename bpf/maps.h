@@ -156,12 +156,3 @@ struct {
 	__type(key, struct sl_name);
 	__type(value, __u64);
 } layouts SEC(".maps");
-
-/* A function of its own, so that the object describes enum sl_reason to Go. */
-static __noinline void sl_count(__u64 netns, enum sl_reason reason)
-{
-	struct sl_stats *s = bpf_map_lookup_elem(&stats, &netns);
-
-	if (s)
-		__sync_fetch_and_add(&s->count[reason], 1);
-}

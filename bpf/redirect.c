@@ -15,6 +15,15 @@
 /* Licensed under the GPL too, which is the name that the kernel knows. */
 char LICENSE[] SEC("license") = "GPL";
 
+/* A function of its own, so that the object describes enum sl_reason to Go. */
+static __noinline void sl_count(__u64 netns, enum sl_reason reason)
+{
+	struct sl_stats *s = bpf_map_lookup_elem(&stats, &netns);
+
+	if (s)
+		__sync_fetch_and_add(&s->count[reason], 1);
+}
+
 /* Keeps the destination with the socket, and with the MPTCP socket above it. */
 static __always_inline bool sl_remember(struct bpf_sock *sk, const struct sl_target *target)
 {

@@ -370,50 +370,46 @@ func removeTree(ctx context.Context, o Options) error {
 	}
 	defer unlock()
 	r := &Redirector{dir: o.PinDir, log: o.Log}
-	var errs []error
-	if err := r.removePods(ctx); err != nil {
-		errs = append(errs, err)
-	}
-	left, err := os.ReadDir(r.podsDir())
+	// The connect hooks come first in the directory: after this line nothing
+	// new is led to a proxy, and what was keeps working.
+	errs := []error{detachAll(r.hookDir())}
+	pods, err := os.ReadDir(r.podsDir())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, fmt.Errorf("read pins: %w", err))
 	}
-	for _, pod := range left {
+	for _, pod := range pods {
 		errs = append(errs, detachAll(filepath.Join(r.podsDir(), pod.Name())))
 	}
-	errs = append(errs, detachAll(r.hookDir()))
+	errs = append(errs, r.cleanNamespaces(ctx))
 	if err := os.RemoveAll(o.PinDir); err != nil {
 		errs = append(errs, fmt.Errorf("remove pins: %w", err))
 	}
 	return errors.Join(errs...)
 }
 
-// removePods removes the pods that the pinned maps know, with what they have
-// in their namespaces.
-func (r *Redirector) removePods(ctx context.Context) error {
+// cleanNamespaces removes what the pods that the pinned maps know have in their
+// namespaces. Of the maps it must be able to read only this one.
+func (r *Redirector) cleanNamespaces(ctx context.Context) error {
 	spec, err := loadRedirect()
 	if err != nil {
 		return fmt.Errorf("read eBPF object: %w", err)
 	}
-	if err := adopt(spec, r.mapDir()); err != nil {
+	hashes, err := readLayouts(spec, r.mapDir())
+	if err != nil {
 		return fmt.Errorf("find the pods: %w", err)
 	}
-	if err := spec.LoadAndAssign(&r.store.redirectMaps, &ebpf.CollectionOptions{
-		Maps: ebpf.MapOptions{PinPath: r.mapDir()},
-	}); err != nil {
-		return fmt.Errorf("open pinned maps: %w", err)
+	r.store.PodMeta, err = openMap(spec.Maps[redirectMapPodMeta], r.mapDir(), hashes)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
 	}
-	defer func() { _ = r.store.Close() }()
-	var ids []redirect.ID
-	if err := r.store.each(func(_ uint64, meta *redirectSlMeta) error {
-		ids = append(ids, meta.id())
-		return ctx.Err()
-	}); err != nil {
-		return err
+	if err != nil {
+		return fmt.Errorf("find the pods: %w", err)
 	}
+	defer func() { _ = r.store.PodMeta.Close() }()
 	var errs []error
-	for _, id := range ids {
-		errs = append(errs, r.remove(id))
-	}
-	return errors.Join(errs...)
+	err = r.store.each(func(_ uint64, meta *redirectSlMeta) error {
+		errs = append(errs, cleanNamespace(meta))
+		return ctx.Err()
+	})
+	return errors.Join(append(errs, err)...)
 }

@@ -312,16 +312,26 @@ func (r *Redirector) remove(id redirect.ID) error {
 	if meta == nil {
 		return detachAll(r.podDir(id))
 	}
-	errs := []error{r.store.release(cookie), detachAll(r.podDir(id))}
-	if path := text(meta.Netns[:]); sameNamespace(path, id.NetnsInode) == nil {
-		errs = append(errs, netns.Do(path, func() error {
-			return errors.Join(detachFilters(func(int) bool { return false }), removeProxySource6())
-		}))
-	}
-	if err := errors.Join(errs...); err != nil {
+	if err := errors.Join(r.store.release(cookie), detachAll(r.podDir(id)), cleanNamespace(meta)); err != nil {
 		return err // meta stays, so that the next Remove finds the rest
 	}
 	return deleteKey(r.store.PodMeta, cookie)
+}
+
+// cleanNamespace removes what a pod has inside its namespace, if that is still
+// there.
+func cleanNamespace(meta *redirectSlMeta) error {
+	path := text(meta.Netns[:])
+	err := sameNamespace(path, meta.NetnsInode)
+	if err == nil {
+		err = netns.Do(path, func() error {
+			return errors.Join(detachFilters(func(int) bool { return false }), removeProxySource6())
+		})
+	}
+	if errors.Is(err, redirect.ErrGone) {
+		return nil
+	}
+	return err
 }
 
 // sameNamespace returns an error wrapping redirect.ErrGone unless path leads to

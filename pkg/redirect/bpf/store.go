@@ -31,47 +31,79 @@ func errIncompatible(path, why string) error {
 // adopt makes spec take over the maps that are pinned in dir. It refuses those
 // that this build would misread and keeps the sizes of the others.
 func adopt(spec *ebpf.CollectionSpec, dir string) error {
-	hashes := make(map[redirectSlName]uint64)
-	if m, err := ebpf.LoadPinnedMap(filepath.Join(dir, redirectMapLayouts), nil); err == nil {
-		it := m.Iterate()
-		var name redirectSlName
-		var hash uint64
-		for spec.Maps[redirectMapLayouts].Compatible(m) == nil && it.Next(&name, &hash) {
-			hashes[name] = hash
-		}
-		_ = m.Close()
-		if err := it.Err(); err != nil {
-			return fmt.Errorf("read map layouts: %w", err)
-		}
+	hashes, err := readLayouts(spec, dir)
+	if err != nil {
+		return err
 	}
-	for name, ms := range spec.Maps {
+	for _, ms := range spec.Maps {
 		if !shared(ms) {
 			continue
 		}
 		ms.Pinning = ebpf.PinByName
-		path := filepath.Join(dir, name)
-		m, err := ebpf.LoadPinnedMap(path, nil)
+		m, err := openMap(ms, dir, hashes)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
 		if err != nil {
-			return errIncompatible(path, err.Error())
-		}
-		ms.MaxEntries = m.MaxEntries()
-		err = ms.Compatible(m)
-		_ = m.Close()
-		if err != nil {
-			return errIncompatible(path, err.Error())
-		}
-		want, err := layout(ms)
-		if err != nil {
 			return err
 		}
-		if got, ok := hashes[mapName(name)]; ok && got != want {
-			return errIncompatible(path, "the layout of its keys or values is another")
-		}
+		ms.MaxEntries = m.MaxEntries()
+		_ = m.Close()
 	}
 	return nil
+}
+
+// readLayouts returns what the pinned map of layouts says; nothing if there is
+// none that this build understands, which openMap then finds out.
+func readLayouts(spec *ebpf.CollectionSpec, dir string) (map[redirectSlName]uint64, error) {
+	hashes := make(map[redirectSlName]uint64)
+	m, err := openMap(spec.Maps[redirectMapLayouts], dir, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return hashes, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = m.Close() }()
+	var name redirectSlName
+	var hash uint64
+	it := m.Iterate()
+	for it.Next(&name, &hash) {
+		hashes[name] = hash
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read map %s: %w", redirectMapLayouts, err)
+	}
+	return hashes, nil
+}
+
+// openMap opens the map of spec ms that is pinned in dir, whatever its size,
+// and refuses it if its layout, by sizes or by hash, is another.
+func openMap(ms *ebpf.MapSpec, dir string, hashes map[redirectSlName]uint64) (*ebpf.Map, error) {
+	path := filepath.Join(dir, ms.Name)
+	m, err := ebpf.LoadPinnedMap(path, nil)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	if err != nil {
+		return nil, errIncompatible(path, err.Error())
+	}
+	sized := ms.Copy()
+	sized.MaxEntries = m.MaxEntries()
+	if err := sized.Compatible(m); err != nil {
+		_ = m.Close()
+		return nil, errIncompatible(path, err.Error())
+	}
+	want, err := layout(ms)
+	if err != nil {
+		_ = m.Close()
+		return nil, err
+	}
+	if got, ok := hashes[mapName(ms.Name)]; ok && got != want {
+		_ = m.Close()
+		return nil, errIncompatible(path, "the layout of its keys or values is another")
+	}
+	return m, nil
 }
 
 // shared reports whether a map is to be pinned: all but the object's constants.
