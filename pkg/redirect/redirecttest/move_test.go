@@ -1,0 +1,94 @@
+package redirecttest
+
+import (
+	"context"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/bpf"
+	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
+	"github.com/sluicemesh/sluice/tests/need"
+	"github.com/sluicemesh/sluice/tests/netnstest"
+)
+
+func TestMain(m *testing.M) { os.Exit(Main(m)) }
+
+// openBoth returns a Chosen over both real backends.
+func openBoth(t *testing.T) *redirect.Chosen {
+	t.Helper()
+	need.EBPF(t)
+	need.Tool(t, "iptables-restore")
+	need.Tool(t, "ip6tables-restore")
+	dir := t.TempDir()
+	o := bpf.Options{PinDir: filepath.Join(dir, "bpf", "sluice")}
+	if err := os.Mkdir(filepath.Dir(o.PinDir), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := bpf.Uninstall(context.Background(), o); err != nil {
+			t.Errorf("uninstall: %v", err)
+		}
+	})
+	c, err := redirect.Choose(redirect.Options{
+		NewEBPF: func() (redirect.Redirector, error) { return bpf.New(o) },
+		NewIPTables: func() (redirect.Redirector, error) {
+			return iptables.New(iptables.Options{StateDir: filepath.Join(dir, "iptables")})
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	})
+	return c
+}
+
+// TestMove moves a pod between the real backends and back. Connections of every
+// stage live on, new ones are always captured.
+func TestMove(t *testing.T) {
+	c := openBoth(t)
+	if c.Backend() != redirect.BackendEBPF {
+		t.Fatalf("needs eBPF: %s", c.Reason())
+	}
+	moves := testCase{name: "moves", byHand: true, run: func(e *env) {
+		clean := e.pod.State(e)
+		e.add(nil)
+		e.startProxy(tell)
+		out, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
+		e.wantProxy(a, redirect.OutboundPort, e.peerPort(appPort))
+		in, a := e.connect(e.peer.Namespace, e.podPort(appPort))
+		e.wantInbound(a, e.podPort(appPort), e.peerAddr())
+		open := []net.Conn{out, in}
+		for _, b := range []redirect.Backend{redirect.BackendIPTables, redirect.BackendEBPF, redirect.BackendIPTables, redirect.BackendAuto} {
+			e.add(func(p *redirect.Policy) { p.Backend = b })
+			e.wantWhole(e.r)
+			e.wantAlive(open...)
+			o, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
+			e.wantOutbound(o, a, e.peerPort(appPort))
+			i, a := e.connect(e.peer.Namespace, e.podPort(appPort))
+			e.wantInbound(a, e.podPort(appPort), e.peerAddr())
+			open = append(open, o, i)
+		}
+		e.wantAlive(open...)
+		for _, c := range open {
+			_ = c.Close()
+		}
+		if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
+			e.Fatalf("remove: %v", err)
+		}
+		e.proxy.stop()
+		e.wantClean(clean)
+	}}
+	node := netnstest.NewNode(t)
+	for name, v4 := range map[string]bool{"v4": true, "v6": false} {
+		t.Run(name, func(t *testing.T) {
+			runCase(t, moves, &env{T: t, r: c, v4: v4, node: node})
+		})
+	}
+}
