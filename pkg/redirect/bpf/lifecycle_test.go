@@ -722,3 +722,56 @@ func TestUninstallOfNothing(t *testing.T) {
 		}
 	}
 }
+
+// TestHookRunsTwice: while a new process moves the hooks to another cgroup,
+// the old and the new connect program both run for a connection.
+func TestHookRunsTwice(t *testing.T) {
+	o := newOptions(t)
+	pod := netnstest.NewNode(t).Pod(t, "pod")
+	proxy(t, pod)
+	first := open(t, o)
+	defer func() { _ = first.Close() }()
+	mustAdd(t, first, workload(t, pod))
+	second := open(t, o)
+	defer func() { _ = second.Close() }()
+	hooks, err := first.hooks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, h := range hooks {
+		l, err := link.AttachCgroup(link.CgroupOptions{Path: h.cgroup, Attach: h.attach, Program: h.prog})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = l.Close() }()
+	}
+	dst := netip.MustParseAddrPort("192.0.2.1:80")
+	c, err := pod.Dial(t.Context(), "tcp", dst.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Close() }()
+	if a, err := netnstest.ReadAnswer(t.Context(), c); err != nil || a.Name != "proxy" {
+		t.Errorf("got %+v, %v; want the proxy", a, err)
+	}
+	if got := netnstest.AddrPort(c.RemoteAddr()); got != dst {
+		t.Errorf("peer is %s, want %s", got, dst)
+	}
+}
+
+// TestPodsCgroup: the pods' own cgroup is preferred to the root.
+func TestPodsCgroup(t *testing.T) {
+	root := t.TempDir()
+	if got := podsCgroup(root); got != root {
+		t.Errorf("without kubepods: got %s", got)
+	}
+	for _, name := range []string{"kubepods", "kubepods.slice"} {
+		dir := filepath.Join(root, name)
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if got := podsCgroup(root); got != dir {
+			t.Errorf("with %s: got %s", name, got)
+		}
+	}
+}

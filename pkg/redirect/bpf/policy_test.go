@@ -1,7 +1,6 @@
 package bpf
 
 import (
-	"bytes"
 	"encoding/binary"
 	"math/rand/v2"
 	"net/netip"
@@ -43,29 +42,9 @@ func TestVerdict(t *testing.T) {
 	t.Logf("TEST_SEED=%d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 
-	spec, err := prepare()
-	if err != nil {
-		t.Fatal(err)
-	}
-	var s store
-	if err := spec.LoadAndAssign(&s.redirectMaps, nil); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = s.Close() }()
-	verdictSpec, err := loadVerdict()
-	if err != nil {
-		t.Fatal(err)
-	}
-	replace := map[string]*ebpf.Map{
-		redirectMapPods: s.Pods, redirectMapPorts: s.Ports, redirectMapCidrs: s.Cidrs, redirectMapStats: s.Stats,
-	}
-	var prog verdictPrograms
-	if err := verdictSpec.LoadAndAssign(&prog, &ebpf.CollectionOptions{MapReplacements: replace}); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = prog.Close() }()
-
+	s, prog := loadVerdictProgram(t)
 	seen := make(map[redirectSlReason]int)
+
 	// Other pods' policies in the same maps must not matter.
 	if _, err := s.writePolicy(compile(randomPolicy(rnd, 500, 200), nil)); err != nil {
 		t.Fatal(err)
@@ -92,14 +71,7 @@ func TestVerdict(t *testing.T) {
 		}
 		for range 150 {
 			d := randomDial(rnd, w)
-			var b bytes.Buffer
-			q := verdictSlQuestion{Netns: cookie, Direction: uint32(d.direction)}
-			q.Dial.Dst.Byte, q.Dial.Src.Byte = d.dst.As16(), d.src.As16()
-			q.Dial.Uid, q.Dial.Mark, q.Dial.BoundIf, q.Dial.Port = d.uid, d.mark, d.boundIf, d.port
-			if err := binary.Write(&b, binary.NativeEndian, &q); err != nil {
-				t.Fatal(err)
-			}
-			got, err := prog.SlVerdict.Run(&ebpf.RunOptions{Data: b.Bytes()})
+			got, err := prog.SlVerdict.Run(&ebpf.RunOptions{Data: d.question(t, cookie)})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -129,6 +101,69 @@ func TestVerdict(t *testing.T) {
 	}
 }
 
+// loadVerdictProgram loads maps, and the program that asks the policy in them.
+func loadVerdictProgram(tb testing.TB) (*store, *verdictPrograms) {
+	tb.Helper()
+	spec, err := prepare()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	s, prog := new(store), new(verdictPrograms)
+	if err := spec.LoadAndAssign(&s.redirectMaps, nil); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = s.Close() })
+	verdict, err := loadVerdict()
+	if err != nil {
+		tb.Fatal(err)
+	}
+	replace := map[string]*ebpf.Map{
+		redirectMapPods: s.Pods, redirectMapPorts: s.Ports, redirectMapCidrs: s.Cidrs,
+	}
+	if err := verdict.LoadAndAssign(prog, &ebpf.CollectionOptions{MapReplacements: replace}); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() { _ = prog.Close() })
+	return s, prog
+}
+
+// BenchmarkVerdict shows what a policy's size costs an outbound connection.
+func BenchmarkVerdict(b *testing.B) {
+	need.EBPF(b)
+	large := redirect.DefaultPolicy()
+	for i := range 500 {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i), byte(i >> 4), 0}), 24)
+		large.Outbound.ExcludeCIDRs.List = append(large.Outbound.ExcludeCIDRs.List, p)
+	}
+	for port := range uint16(200) {
+		large.Outbound.ExcludePorts.List = append(large.Outbound.ExcludePorts.List, 1000+port)
+	}
+	for _, bm := range []struct {
+		name   string
+		policy redirect.Policy
+	}{{"default", redirect.DefaultPolicy()}, {"500CIDRs200ports", large}} {
+		b.Run(bm.name, func(b *testing.B) {
+			s, prog := loadVerdictProgram(b)
+			table := compile(bm.policy, nil)
+			policy, err := s.writePolicy(table)
+			if err != nil {
+				b.Fatal(err)
+			}
+			pod := redirectSlPod{Policy: policy, ProxyUid: bm.policy.ProxyUID, OutAddr4: table.outAddr4}
+			pod.setAddr(netip.MustParseAddr("192.0.2.1"))
+			if err := s.Pods.Put(uint64(1), &pod); err != nil {
+				b.Fatal(err)
+			}
+			d := dial{dst: netip.MustParseAddr("10.9.255.1"), src: netip.IPv6Unspecified(), port: 80}
+			got, perRun, err := prog.SlVerdict.Benchmark(d.question(b, 1), b.N, b.ResetTimer)
+			if err != nil || redirectSlReason(got) != redirectSlReasonSL_OUT_CAPTURED {
+				b.Fatalf("got %d, %v", got, err)
+			}
+			b.ReportMetric(float64(perRun.Nanoseconds()), "ns/verdict")
+		})
+	}
+}
+
 // A dial is a connection that the policy is asked about.
 type dial struct {
 	direction redirectSlDirection
@@ -136,6 +171,19 @@ type dial struct {
 	port      uint16
 	uid, mark uint32
 	boundIf   uint32
+}
+
+// question is what the verdict program takes for d.
+func (d dial) question(tb testing.TB, cookie uint64) []byte {
+	tb.Helper()
+	q := verdictSlQuestion{Netns: cookie, Direction: uint32(d.direction)}
+	q.Dial.Dst.Byte, q.Dial.Src.Byte = d.dst.As16(), d.src.As16()
+	q.Dial.Uid, q.Dial.Mark, q.Dial.BoundIf, q.Dial.Port = d.uid, d.mark, d.boundIf, d.port
+	b, err := binary.Append(nil, binary.NativeEndian, &q)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return b
 }
 
 // want says what the comments of redirect.Policy mean for d.
