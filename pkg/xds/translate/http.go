@@ -158,8 +158,8 @@ const unsentHeader = "x-sluice-unsent"
 //   - retriable-headers: the other sidecar had no connection to its application
 func (t *Translator) retries() *routev3.RetryPolicy {
 	return &routev3.RetryPolicy{
-		RetryOn:    "connect-failure,refused-stream,reset-before-request,retriable-headers",
-		NumRetries: u32(3),
+		RetryOn:      "connect-failure,refused-stream,reset-before-request,retriable-headers",
+		NumRetries:   u32(3),
 		RetryBackOff: backOff(),
 		RetriableHeaders: []*routev3.HeaderMatcher{{
 			Name:                 unsentHeader,

@@ -99,7 +99,9 @@ func newEnv(t *testing.T, opts translate.Options) *env {
 	add(tr.Service(s))
 	add(tr.Pod(p))
 	e.envoy = envoytest.Start(t, envoytest.Options{Netns: e.pod.Netns, Config: static(t, all, true), Concurrency: 2})
-	if err := e.envoy.WaitReady(t.Context()); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := e.envoy.WaitReady(ctx); err != nil {
 		t.Fatal(err)
 	}
 	return e
@@ -145,6 +147,7 @@ func trafficRoutes() []xds.HTTPRoute {
 		}}},
 		{Name: "split", Matches: exact("/split"), Backends: []xds.HTTPBackend{to(portHTTP, 90), to(portV2, 10)}},
 		{Name: "gone", Matches: exact("/gone"), Backends: []xds.HTTPBackend{gone}},
+		{Name: "half", Matches: exact("/half"), Backends: []xds.HTTPBackend{to(portHTTP, 1), gone}},
 		{Name: "slow", Matches: exact("/slow"), RequestTimeout: 100 * time.Millisecond, Backends: []xds.HTTPBackend{to(portHTTP, 1)}},
 		{
 			Name: "headers", Matches: exact("/headers"), Backends: []xds.HTTPBackend{to(portHTTP, 1)},
@@ -502,6 +505,19 @@ func (e *env) routes(t *testing.T) {
 			t.Errorf("/headers: answer has %v", h)
 		}
 	}
+	invalid := 0
+	for range 200 {
+		switch status, _, _ := e.get(t, c, url+"/half"); status {
+		case http.StatusInternalServerError:
+			invalid++
+		case http.StatusOK:
+		default:
+			t.Fatalf("/half: status %d", status)
+		}
+	}
+	if invalid < 60 || invalid > 140 {
+		t.Errorf("half of the weight has no backend: %d of 200 requests were answered 500", invalid)
+	}
 	count := map[string]int{}
 	for range 1000 {
 		_, body, _ := e.get(t, c, url+"/split")
@@ -510,6 +526,56 @@ func (e *env) routes(t *testing.T) {
 	if n := count["v2"]; n < 50 || n > 150 || n+count["v1 HTTP/1.1"] != 1000 {
 		t.Errorf("split 90 to 10: %v", count)
 	}
+}
+
+// TestNotReady holds the bootstrap to what it promises: without the agent's
+// configuration Envoy is not ready and accepts nothing.
+func TestNotReady(t *testing.T) {
+	need.Root(t)
+	ns := netnstest.New(t, "bare")
+	e := envoytest.Start(t, envoytest.Options{Netns: ns.Netns, Config: xds.Bootstrap()})
+	status, body, err := e.Get(t.Context(), "/ready")
+	if err != nil || status != http.StatusServiceUnavailable {
+		t.Errorf("/ready: %d %s, %v", status, body, err)
+	}
+	for _, port := range []uint16{redirect.OutboundPort, redirect.InboundPort, redirect.HealthPort} {
+		c, err := ns.Dial(t.Context(), "tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		if err == nil {
+			_ = c.Close()
+			t.Errorf("port %d accepts connections", port)
+		}
+	}
+}
+
+// TestIPv6TurnedOff: a pod may have IPv6 turned off on a node that has it.
+func TestIPv6TurnedOff(t *testing.T) {
+	need.Root(t)
+	ns := netnstest.New(t, "four")
+	ns.Sysctl(t, "net/ipv6/conf/all/disable_ipv6", "1")
+	tr := newTranslator(t)
+	base, err := tr.Base(xds.OutboundPassthrough)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod, err := tr.Pod(xds.Pod{Addrs: []netip.Addr{netip.MustParseAddr("10.244.1.5")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []goldenResource
+	for _, r := range append(base, pod...) {
+		all = append(all, toGolden(t, r))
+	}
+	e := envoytest.Start(t, envoytest.Options{Netns: ns.Netns, Config: static(t, all, true)})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := e.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ns.Dial(ctx, "tcp", "127.0.0.1:15001")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
 }
 
 // TestTransparency compares what the application and the client see with what
