@@ -48,20 +48,27 @@ func familyName(v4 bool) string {
 	return "ip6tables"
 }
 
-func findTool(variant string, v4 bool, lock string) (tool, error) {
-	t := tool{variant: variant, v4: v4, lock: lock}
-	for suffix, path := range map[string]*string{"-restore": &t.restore, "-save": &t.save} {
-		name := familyName(v4) + "-" + variant + suffix
-		p, err := exec.LookPath(name)
-		if err != nil {
-			p = filepath.Join("/usr/sbin", name) // not in PATH of every user
-			if _, err := os.Stat(p); err != nil {
-				return tool{}, fmt.Errorf("find program %s: %w", name, redirect.ErrNotSupported)
-			}
-		}
-		*path = p
+// findTool looks for the programs of a variant with look, which is lookPath
+// but in tests.
+func findTool(look func(string) (string, error), variant string, v4 bool, lock string) (tool, error) {
+	name := familyName(v4) + "-" + variant
+	restore, err := look(name + "-restore")
+	if err != nil {
+		return tool{}, fmt.Errorf("find program %s-restore: %w", name, redirect.ErrNotSupported)
 	}
-	return t, nil
+	save, err := look(name + "-save")
+	if err != nil {
+		return tool{}, fmt.Errorf("find program %s-save: %w", name, redirect.ErrNotSupported)
+	}
+	return tool{variant: variant, v4: v4, restore: restore, save: save, lock: lock}, nil
+}
+
+// lookPath is exec.LookPath that also finds what only root has in PATH.
+func lookPath(name string) (string, error) {
+	if p, err := exec.LookPath(name); err == nil {
+		return p, nil
+	}
+	return exec.LookPath(filepath.Join("/usr/sbin", name))
 }
 
 // probe applies the rules of a pod in a namespace that lives only as long as

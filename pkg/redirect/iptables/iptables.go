@@ -62,7 +62,10 @@ var (
 
 // New finds out which variants work here and opens the records. The error wraps
 // redirect.ErrNotSupported if none works for IPv4 nor for IPv6.
-func New(o Options) (*Redirector, error) {
+func New(o Options) (*Redirector, error) { return open(o, lookPath) }
+
+// open is New with another way to find programs.
+func open(o Options, look func(string) (string, error)) (*Redirector, error) {
 	if o.StateDir == "" {
 		o.StateDir = DefaultStateDir
 	}
@@ -92,7 +95,7 @@ func New(o Options) (*Redirector, error) {
 			if o.Variant != "" && o.Variant != variant {
 				continue
 			}
-			t, err := findTool(variant, v4, filepath.Join(o.StateDir, "xtables.lock"))
+			t, err := findTool(look, variant, v4, filepath.Join(o.StateDir, "xtables.lock"))
 			if err == nil {
 				err = t.probe(ctx)
 			}
@@ -315,8 +318,11 @@ func (r *Redirector) uninstall(ctx context.Context, rec record, drain bool) (ali
 				s, _, err := t.read(ctx)
 				text := removeText(s)
 				if hold && text != "" {
-					text = installText(holdTables(), s)
 					alive = true
+					text = installText(holdTables(), s)
+					if rec.Draining {
+						text = "" // done before
+					}
 				}
 				if err == nil && text != "" {
 					err = t.apply(ctx, text)

@@ -1,6 +1,7 @@
 package iptables_test
 
 import (
+	"errors"
 	"os"
 	"testing"
 
@@ -18,6 +19,9 @@ func TestConformance(t *testing.T) {
 			need.Root(t)
 			need.Tool(t, "iptables-"+variant+"-restore")
 			need.Tool(t, "ip6tables-"+variant+"-restore")
+			if variant == iptables.VariantLegacy {
+				needLegacy(t)
+			}
 			dir := t.TempDir()
 			redirecttest.Run(t, redirect.BackendIPTables, func(tb testing.TB) redirect.Redirector {
 				r, err := iptables.New(iptables.Options{StateDir: dir, Variant: variant})
@@ -27,5 +31,17 @@ func TestConformance(t *testing.T) {
 				return r
 			})
 		})
+	}
+}
+
+// needLegacy skips on kernels that are built without legacy iptables.
+func needLegacy(t *testing.T) {
+	t.Helper()
+	err := iptables.Probe(iptables.Options{Variant: iptables.VariantLegacy})
+	if errors.Is(err, redirect.ErrNotSupported) {
+		t.Skipf("needs a kernel with legacy iptables: %v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }

@@ -102,6 +102,7 @@ func TestChangesByOthersAreMended(t *testing.T) {
 
 func TestRulesOfOthersStay(t *testing.T) {
 	r, pod, w := setup(t)
+	needLegacy(t)
 	for _, args := range []string{"-t nat -A OUTPUT -d 192.0.2.1/32 -j RETURN", "-A INPUT -s 192.0.2.1/32 -j DROP"} {
 		if out, err := pod.Command(t, 0, need.Tool(t, "iptables-legacy"), strings.Fields(args)...).CombinedOutput(); err != nil {
 			t.Fatalf("iptables-legacy: %v\n%s", err, out)
@@ -234,19 +235,6 @@ func TestNoSuchVariant(t *testing.T) {
 	}
 }
 
-func TestMissingPrograms(t *testing.T) {
-	need.Root(t)
-	if _, err := os.Stat("/usr/sbin/iptables-nft-restore"); err == nil {
-		t.Log("programs are found beside PATH here")
-		return
-	}
-	t.Setenv("PATH", t.TempDir())
-	err := iptables.Probe(iptables.Options{})
-	if !errors.Is(err, redirect.ErrNotSupported) || !strings.Contains(err.Error(), "iptables-nft-restore") {
-		t.Errorf("got %v, want ErrNotSupported that names the program", err)
-	}
-}
-
 // BenchmarkConnect measures a connection that an app opens to a server of the
 // same namespace's peer while the policy excludes many ranges and ports, none
 // of which it matches: the longest walk through the rules.
@@ -310,4 +298,41 @@ func connectOnce(to netip.AddrPort) error {
 		err = unix.Connect(fd, &unix.SockaddrInet4{Port: int(to.Port()), Addr: to.Addr().As4()})
 	}
 	return errors.Join(err, unix.Close(fd))
+}
+
+// BenchmarkOperations measures what the agent does with one pod of both families.
+func BenchmarkOperations(b *testing.B) {
+	need.Root(b)
+	r, err := iptables.New(iptables.Options{StateDir: b.TempDir()})
+	if err != nil {
+		b.Fatal(err)
+	}
+	pod := netnstest.NewNode(b).Pod(b, "pod")
+	w := redirect.Workload{
+		ID:  redirect.ID{PodUID: "uid", NetnsInode: pod.Inode(b)},
+		Pod: "shop/web", Netns: pod.Netns, Addrs: pod.Addrs(), Interfaces: []string{"eth0"},
+		Policy: redirect.DefaultPolicy(),
+	}
+	for _, op := range []struct {
+		name string
+		do   func() error
+	}{
+		{"add and remove", func() error {
+			return errors.Join(r.Add(b.Context(), w), r.Remove(b.Context(), w.ID))
+		}},
+		{"add what is there", func() error { return r.Add(b.Context(), w) }},
+		{"list", func() error { _, err := r.List(b.Context()); return err }},
+		{"counters", func() error { _, err := r.Counters(b.Context()); return err }},
+	} {
+		b.Run(op.name, func(b *testing.B) {
+			if err := r.Add(b.Context(), w); err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				if err := op.do(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }
