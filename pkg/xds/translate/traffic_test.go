@@ -329,6 +329,22 @@ func TestTraffic(t *testing.T) {
 			t.Errorf("status %d, headers %v", status, h)
 		}
 	})
+	t.Run("refused", func(t *testing.T) { // what docs/xds.md says does not pass
+		for request, want := range map[string]string{
+			"BREW / HTTP/1.1\r\nHost: h\r\n\r\n":                                       "HTTP/1.1 400 ",
+			"GET / HTTP/1.1\r\nHost: h\r\nConnection: Upgrade\r\nUpgrade: foo\r\n\r\n": "HTTP/1.1 403 ",
+			"GET / HTTP/1.0\r\n\r\n":                                                   "HTTP/1.0 200 ",
+		} {
+			c := e.dial(t, e.vip(0, portHTTP))
+			if _, err := io.WriteString(c, request); err != nil {
+				t.Fatal(err)
+			}
+			line, err := bufio.NewReader(c).ReadString('\n')
+			if !strings.HasPrefix(line, want) {
+				t.Errorf("%q: answer %q, %v; want %q", request, line, err, want)
+			}
+		}
+	})
 	t.Run("own ports", func(t *testing.T) {
 		for _, a := range e.pod.Addrs() {
 			for _, port := range []uint16{redirect.OutboundPort, redirect.InboundPort} {
