@@ -68,7 +68,8 @@ func outboundCases() []testCase {
 			defer func() { _ = c.Close() }()
 			e.wantOutbound(c, e.answer(c), e.peerPort(appPort))
 		}},
-		{name: "outbound/bound to a device", proxy: tell,
+		{
+			name: "outbound/bound to a device", proxy: tell,
 			skip: map[redirect.Backend]string{
 				redirect.BackendIPTables: "REDIRECT leads to lo, which a socket bound to eth0 does not reach: the connection fails",
 			},
@@ -81,7 +82,8 @@ func outboundCases() []testCase {
 				}
 				c := e.conn(fd)
 				e.wantOutbound(c, e.answer(c), e.peerPort(appPort))
-			}},
+			},
+		},
 		{name: "outbound/same socket after a refusal", run: func(e *env) {
 			fd := e.rawSocket(e.pod.Namespace, socket{domain: e.domain()})
 			if err := rawConnect(e.pod.Namespace, fd, sockaddr(e.domain(), e.peerPort(1))); !errors.Is(err, unix.ECONNREFUSED) {
@@ -94,7 +96,8 @@ func outboundCases() []testCase {
 			c := e.conn(fd)
 			e.wantOutbound(c, e.answer(c), e.peerPort(appPort))
 		}},
-		{name: "outbound/excluded port", proxy: tell,
+		{
+			name: "outbound/excluded port", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Outbound.ExcludePorts.List = []uint16{22, appPort} },
 			run: func(e *env) {
 				before := e.count(redirect.Outbound, "bypassed", "excluded_port")
@@ -104,22 +107,28 @@ func outboundCases() []testCase {
 					e.Errorf("counted %d connections, want 1", got)
 				}
 				e.wantProxy(e.ask(e.pod.Namespace, e.peerPort(8081)), redirect.OutboundPort, e.peerPort(8081))
-			}},
-		{name: "outbound/excluded port wins over included", proxy: tell,
+			},
+		},
+		{
+			name: "outbound/excluded port wins over included", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Outbound.IncludePorts.List = []uint16{appPort}
 				p.Outbound.ExcludePorts.List = []uint16{appPort}
 			},
-			run: func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") }},
-		{name: "outbound/included port alone", proxy: tell,
+			run: func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") },
+		},
+		{
+			name: "outbound/included port alone", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Outbound = redirect.OutboundPolicy{IncludePorts: redirect.Ports{List: []uint16{8081}}}
 			},
 			run: func(e *env) {
 				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
 				e.wantProxy(e.ask(e.pod.Namespace, e.peerPort(8081)), redirect.OutboundPort, e.peerPort(8081))
-			}},
-		{name: "outbound/included port beside included address", proxy: tell,
+			},
+		},
+		{
+			name: "outbound/included port beside included address", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Outbound = redirect.OutboundPolicy{
 					IncludePorts: redirect.Ports{List: []uint16{8081}},
@@ -135,23 +144,29 @@ func outboundCases() []testCase {
 						e.wantProxy(e.ask(e.pod.Namespace, dst), redirect.OutboundPort, dst)
 					}
 				}
-			}},
-		{name: "outbound/excluded address", proxy: tell,
+			},
+		},
+		{
+			name: "outbound/excluded address", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Outbound.ExcludeCIDRs.List = []netip.Prefix{host(e.peerAddr())} },
 			run: func(e *env) {
 				other := e.node.Pod(e, "other")
 				dst := netip.AddrPortFrom(e.family(other.Addrs()...), appPort)
 				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
 				e.wantProxy(e.ask(e.pod.Namespace, dst), redirect.OutboundPort, dst)
-			}},
-		{name: "outbound/excluded address wins over included port", proxy: tell,
+			},
+		},
+		{
+			name: "outbound/excluded address wins over included port", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Outbound.IncludePorts.List = []uint16{appPort}
 				p.Outbound.IncludeCIDRs = redirect.CIDRs{List: []netip.Prefix{host(e.peerAddr())}}
 				p.Outbound.ExcludeCIDRs.List = []netip.Prefix{netip.PrefixFrom(e.peerAddr(), 16).Masked()}
 			},
-			run: func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") }},
-		{name: "outbound/included address alone", proxy: tell,
+			run: func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") },
+		},
+		{
+			name: "outbound/included address alone", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Outbound.IncludeCIDRs = redirect.CIDRs{List: []netip.Prefix{host(e.peerAddr())}}
 			},
@@ -160,10 +175,13 @@ func outboundCases() []testCase {
 				e.serve(other.Namespace, appPort, "other")
 				e.wantProxy(e.ask(e.pod.Namespace, e.peerPort(appPort)), redirect.OutboundPort, e.peerPort(appPort))
 				e.wantBare(e.ask(e.pod.Namespace, netip.AddrPortFrom(e.family(other.Addrs()...), appPort)), "other")
-			}},
-		{name: "outbound/nothing included", proxy: tell,
+			},
+		},
+		{
+			name: "outbound/nothing included", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Outbound = redirect.OutboundPolicy{} },
-			run:    func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") }},
+			run:    func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") },
+		},
 		{name: "outbound/excluded interface", byHand: true, proxy: tell, run: func(e *env) {
 			e.pod.Attach(e, "storage")
 			other := e.peer.Attach(e, "storage")
@@ -181,7 +199,8 @@ func outboundCases() []testCase {
 				e.wantBare(e.answer(e.conn(fd)), "app")
 			}
 		}},
-		{name: "outbound/large sets", proxy: tell,
+		{
+			name: "outbound/large sets", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Outbound.ExcludeCIDRs.List, p.Outbound.ExcludePorts.List = manyCIDRs(), manyPorts()
 				p.Inbound.ExcludePorts.List = manyPorts()
@@ -204,7 +223,8 @@ func outboundCases() []testCase {
 				if got := e.count(redirect.Outbound, "bypassed", "excluded_cidr") - before; got != tried {
 					e.Errorf("%d of %d connections to excluded ranges were counted", got, tried)
 				}
-			}},
+			},
+		},
 		{name: "proxy/own connections pass", proxy: tell, run: func(e *env) {
 			a, err := e.proxy.dial(e.peerPort(appPort), netip.Addr{})
 			if err != nil {
@@ -212,7 +232,8 @@ func outboundCases() []testCase {
 			}
 			e.wantBare(a, "peer")
 		}},
-		{name: "proxy/own pod's captured port", proxy: tell,
+		{
+			name: "proxy/own pod's captured port", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Inbound.ExcludePorts.List = []uint16{8081} },
 			run: func(e *env) {
 				e.serve(e.pod.Namespace, 8081, "app")
@@ -237,8 +258,10 @@ func outboundCases() []testCase {
 					}
 					e.wantBare(a, "app")
 				}
-			}},
-		{name: "proxy/another UID", proxy: tell,
+			},
+		},
+		{
+			name: "proxy/another UID", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.ProxyUID = 4242 },
 			run: func(e *env) {
 				a, err := e.proxy.dial(e.peerPort(appPort), netip.Addr{})
@@ -253,7 +276,8 @@ func outboundCases() []testCase {
 				if a, err := app.dial(e.peerPort(appPort), netip.Addr{}); err == nil {
 					e.Errorf("a process with UID %d reached %q without the proxy", redirect.DefaultProxyUID, a.Name)
 				}
-			}},
+			},
+		},
 		{name: "proxy/admin port", proxy: tell, run: func(e *env) {
 			admin := netip.AddrPortFrom(e.loopback(), redirect.AdminPort)
 			e.pod.Serve(e, admin, "admin")
@@ -331,7 +355,8 @@ func inboundCases() []testCase {
 				e.Errorf("the app sees %s, want the proxy's %s", a.Peer, want)
 			}
 		}},
-		{name: "inbound/excluded port", proxy: tell,
+		{
+			name: "inbound/excluded port", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Inbound.ExcludePorts.List = []uint16{appPort} },
 			run: func(e *env) {
 				before := e.count(redirect.Inbound, "bypassed", "excluded_port")
@@ -340,8 +365,10 @@ func inboundCases() []testCase {
 					e.Errorf("counted %d connections, want 1", got)
 				}
 				e.wantInbound(e.ask(e.peer.Namespace, e.podPort(8081)), e.podPort(8081), e.peerAddr())
-			}},
-		{name: "inbound/included port", proxy: tell,
+			},
+		},
+		{
+			name: "inbound/included port", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) {
 				p.Inbound.IncludePorts = redirect.Ports{List: []uint16{81, 8081}}
 				p.Inbound.ExcludePorts.List = []uint16{81}
@@ -351,20 +378,25 @@ func inboundCases() []testCase {
 				e.wantInbound(e.ask(e.peer.Namespace, e.podPort(8081)), e.podPort(8081), e.peerAddr())
 				e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
 				e.wantBare(e.ask(e.peer.Namespace, e.podPort(81)), "app")
-			}},
-		{name: "inbound/nothing included", proxy: tell,
+			},
+		},
+		{
+			name: "inbound/nothing included", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Inbound = redirect.InboundPolicy{} },
-			run:    func(e *env) { e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app") }},
+			run:    func(e *env) { e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app") },
+		},
 		{name: "inbound/health port", proxy: tell, run: func(e *env) {
 			e.serve(e.pod.Namespace, redirect.HealthPort, "health")
 			e.wantBare(e.ask(e.peer.Namespace, e.podPort(redirect.HealthPort)), "health")
 		}},
-		{name: "inbound/excluded interface", proxy: tell,
+		{
+			name: "inbound/excluded interface", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.ExcludeInterfaces = []string{"eth0"} },
 			run: func(e *env) {
 				e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
 				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
-			}},
+			},
+		},
 		{name: "inbound/interface without pod address", byHand: true, proxy: tell, run: func(e *env) {
 			net1 := e.pod.Attach(e, "storage")
 			e.peer.Attach(e, "storage")
@@ -405,14 +437,16 @@ func failClosedCases() []testCase {
 			e.proxy.stop()
 			e.wantDown(e.peer.Namespace, e.podPort(appPort))
 		}},
-		{name: "no proxy/excluded ports still work",
+		{
+			name: "no proxy/excluded ports still work",
 			policy: func(e *env, p *redirect.Policy) {
 				p.Inbound.ExcludePorts.List, p.Outbound.ExcludePorts.List = []uint16{appPort}, []uint16{appPort}
 			},
 			run: func(e *env) {
 				e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
 				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
-			}},
+			},
+		},
 	}
 }
 

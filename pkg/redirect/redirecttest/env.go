@@ -62,12 +62,15 @@ func (e *env) peerAddr() netip.Addr { e.Helper(); return e.family(e.peer.Addrs()
 func (e *env) podPort(port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(e.podAddr(), port)
 }
+
 func (e *env) peerPort(port uint16) netip.AddrPort {
 	return netip.AddrPortFrom(e.peerAddr(), port)
 }
+
 func (e *env) loopback() netip.Addr {
 	return e.family(netip.MustParseAddr("127.0.0.1"), netip.IPv6Loopback())
 }
+
 func (e *env) unspecified() netip.Addr {
 	return e.family(netip.IPv4Unspecified(), netip.IPv6Unspecified())
 }
