@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -45,12 +46,10 @@ func (a *agent) Add(ctx context.Context, at cniapi.Attachment) error {
 				box.PodUID = pod.UID
 			}
 		}
-		attachments := map[string][]cniapi.Interface{at.IfName: at.Interfaces}
-		for name, interfaces := range box.Attachments {
-			if name != at.IfName {
-				attachments[name] = interfaces
-			}
-		}
+		// A copy: the map of the sandbox as it is known must not change with it.
+		attachments := map[string]attachment{}
+		maps.Copy(attachments, box.Attachments)
+		attachments[at.IfName] = attachment{Network: at.Network, Interfaces: at.Interfaces}
 		box.Attachments = attachments
 		if err := a.boxes.put(box); err != nil {
 			return err
@@ -78,12 +77,9 @@ func (a *agent) detach(ctx context.Context, id cniapi.AttachmentID) error {
 	if !known {
 		return nil
 	}
-	attachments := map[string][]cniapi.Interface{}
-	for name, interfaces := range box.Attachments {
-		if name != id.IfName {
-			attachments[name] = interfaces
-		}
-	}
+	attachments := map[string]attachment{}
+	maps.Copy(attachments, box.Attachments)
+	delete(attachments, id.IfName)
 	if len(attachments) == 0 {
 		a.forget(ctx, box)
 		return nil
@@ -101,12 +97,19 @@ func (a *agent) Check(ctx context.Context, at cniapi.Attachment) error {
 		if slices.Contains(a.planner.excluded, at.PodNamespace) {
 			return nil
 		}
+		// Before that nothing is known of what sandboxes are to have.
+		if err := a.Status(ctx); err != nil {
+			return err
+		}
 		box, known := a.boxes.byID[at.ContainerID]
 		if !known {
 			return fmt.Errorf("sandbox %s of pod %s/%s is not known to the agent: it was not added, or was deleted", at.ContainerID, at.PodNamespace, at.PodName)
 		}
 		state := a.pods[at.ContainerID]
 		if state == nil || state.workload == nil {
+			if _, problems := a.report(); problems["pod "+box.Namespace+"/"+box.Name] != "" {
+				return errors.New(problems["pod "+box.Namespace+"/"+box.Name])
+			}
 			return nil // not to be redirected
 		}
 		installed, err := a.redirector.List(ctx)
@@ -128,13 +131,13 @@ func (a *agent) Check(ctx context.Context, at cniapi.Attachment) error {
 }
 
 // GC implements cniapi.Handler.
-func (a *agent) GC(ctx context.Context, valid []cniapi.AttachmentID) error {
+func (a *agent) GC(ctx context.Context, network string, valid []cniapi.AttachmentID) error {
 	return a.call(ctx, func() error {
 		var errs []error
 		for _, box := range a.boxes.all() {
-			for name := range box.Attachments {
+			for name, at := range box.Attachments {
 				id := cniapi.AttachmentID{ContainerID: box.ContainerID, IfName: name}
-				if !slices.Contains(valid, id) {
+				if at.Network == network && !slices.Contains(valid, id) {
 					errs = append(errs, a.detach(ctx, id))
 				}
 			}

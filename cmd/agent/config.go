@@ -19,7 +19,6 @@ type config struct {
 	backend           redirect.Backend
 	outboundPolicy    xds.OutboundPolicy
 	excludeNamespaces []string
-	cniSocket         string
 	httpAddr          string
 	kernel            kernelConfig
 	logLevel          slog.Level
@@ -29,15 +28,17 @@ type config struct {
 // A kernelConfig says where an agent keeps what outlives it. uninstall needs it
 // as well as run.
 type kernelConfig struct {
-	stateDir string
-	pinDir   string
-	cgroup   string
+	stateDir  string
+	pinDir    string
+	cgroup    string
+	cniSocket string
 }
 
 func (k *kernelConfig) register(fs *flag.FlagSet) {
 	fs.StringVar(&k.stateDir, "state-dir", "/run/sluice", "`directory` for what must outlive the agent but not the node's next boot")
 	fs.StringVar(&k.pinDir, "pin-dir", "/sys/fs/bpf/sluice", "`directory` in a bpffs, mounted if need be, for pinned maps and links")
 	fs.StringVar(&k.cgroup, "cgroup", "", "cgroup v2 `directory` to attach to; empty: found")
+	fs.StringVar(&k.cniSocket, "cni-socket", cniapi.DefaultSocket, "unix socket `path` on which the CNI plugin asks")
 }
 
 // flags returns an empty flag set for a subcommand.
@@ -85,7 +86,6 @@ func parseConfig(e env, args []string) (config, error) {
 	fs.StringVar(&backend, "backend", string(redirect.BackendAuto), "redirection `backend`: auto, ebpf or iptables; auto takes ebpf where the node can")
 	fs.StringVar(&outbound, "outbound-policy", string(xds.OutboundPassthrough), "what becomes of connections to unknown destinations: passthrough or block")
 	fs.StringVar(&exclude, "exclude-namespaces", "kube-system", "comma-separated `namespaces` that are never redirected")
-	fs.StringVar(&c.cniSocket, "cni-socket", cniapi.DefaultSocket, "unix socket `path` on which the CNI plugin asks")
 	fs.StringVar(&c.httpAddr, "http-addr", ":15090", "`address` of /healthz, /readyz and /metrics")
 	fs.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")

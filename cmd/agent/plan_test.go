@@ -110,7 +110,7 @@ func planAll(store *podwatch.Store) planned {
 		box := sandbox{
 			ContainerID: "c-" + pod.Name, Namespace: pod.Namespace, Name: pod.Name, PodUID: pod.UID,
 			Netns: "/run/netns/" + pod.Name, NetnsInode: 42,
-			Attachments: map[string][]cniapi.Interface{"eth0": {{Name: "eth0", Addrs: pod.Addrs}}},
+			Attachments: map[string]attachment{"eth0": {Interfaces: []cniapi.Interface{{Name: "eth0", Addrs: pod.Addrs}}}},
 		}
 		x := plannedPod{Pod: pod.Namespace + "/" + pod.Name}
 		note := func(err error) bool {
@@ -166,7 +166,11 @@ func TestSandboxNetwork(t *testing.T) {
 		"no address": {map[string][]cniapi.Interface{"eth0": {{Name: "eth0"}}}, nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
-			gotAddrs, gotInterfaces := sandbox{Attachments: test.attachments}.network()
+			box := sandbox{Attachments: map[string]attachment{}}
+			for name, interfaces := range test.attachments {
+				box.Attachments[name] = attachment{Interfaces: interfaces}
+			}
+			gotAddrs, gotInterfaces := box.network()
 			if diff := cmp.Diff(test.addrs, gotAddrs, cmp.Comparer(func(a, b netip.Addr) bool { return a == b })); diff != "" {
 				t.Errorf("addresses -want +got:\n%s", diff)
 			}

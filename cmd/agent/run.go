@@ -91,7 +91,7 @@ func runAgent(ctx context.Context, e env, args []string) (err error) {
 	}
 	cni := newCNIMetrics(registry)
 	plugin, err := cniapi.NewServer(cniapi.ServerOptions{
-		Socket: c.cniSocket, Handler: a, Log: log,
+		Socket: c.kernel.cniSocket, Handler: a, Log: log,
 		Observe: func(verb string, code int, d time.Duration) {
 			cni.requests.WithLabelValues(verb, strconv.Itoa(code)).Inc()
 			cni.latency.WithLabelValues(verb).Observe(d.Seconds())
@@ -170,7 +170,8 @@ func runUninstall(ctx context.Context, e env, args []string) error {
 	return errors.Join(
 		bpf.Uninstall(ctx, bpf.Options{PinDir: k.pinDir, Cgroup: k.cgroup, Log: log}),
 		iptables.Uninstall(ctx, iptables.Options{StateDir: iptablesState(k), Log: log}),
-		removeState(k.stateDir),
+		removeSocket(k.cniSocket),
+		removeState(k.stateDir), // last: the socket is in there unless told otherwise
 	)
 }
 

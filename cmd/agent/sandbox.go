@@ -26,9 +26,16 @@ type sandbox struct {
 	PodUID      string `json:"podUID"`
 	Netns       string `json:"netns"`
 	NetnsInode  uint64 `json:"netnsInode"`
-	// Attachments are the interfaces of each CNI attachment by its IfName:
-	// most sandboxes have one, eth0.
-	Attachments map[string][]cniapi.Interface `json:"attachments"`
+	// Attachments are the CNI attachments by their IfName: most sandboxes have
+	// one, eth0.
+	Attachments map[string]attachment `json:"attachments"`
+}
+
+// An attachment is what one network gave a sandbox.
+type attachment struct {
+	// Network is the name of the CNI network: GC speaks of one at a time.
+	Network    string             `json:"network"`
+	Interfaces []cniapi.Interface `json:"interfaces"`
 }
 
 // network returns the pod's addresses, at most one a family, and the interfaces
@@ -37,7 +44,7 @@ type sandbox struct {
 func (s sandbox) network() (addrs []netip.Addr, interfaces []string) {
 	for _, ifName := range slices.Sorted(maps.Keys(s.Attachments)) {
 		var have4, have6 bool
-		for _, i := range s.Attachments[ifName] {
+		for _, i := range s.Attachments[ifName].Interfaces {
 			for _, a := range i.Addrs {
 				a = a.Unmap()
 				have := &have4
@@ -140,6 +147,22 @@ func (s *sandboxes) of(namespace, name string) []sandbox {
 
 func (s *sandboxes) file(containerID string) string {
 	return filepath.Join(s.dir, filepath.Base(containerID)+".json")
+}
+
+// removeSocket removes the socket that the CNI plugin asks on, which agents
+// leave in place when they end. It is no error if there is none.
+func removeSocket(path string) error {
+	fi, err := os.Lstat(path)
+	if err == nil && fi.Mode().Type() != fs.ModeSocket {
+		err = errors.New("it is no socket")
+	}
+	if err == nil {
+		err = os.Remove(path)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove CNI socket %s: %w", path, err)
+	}
+	return nil
 }
 
 // removeState removes what agents keep in the state directory, and the

@@ -26,7 +26,7 @@ func TestSandboxesSurviveRestart(t *testing.T) {
 	}
 	lives := sandbox{
 		ContainerID: "lives", Namespace: "a", Name: "p", PodUID: "u", Netns: own, NetnsInode: inode,
-		Attachments: map[string][]cniapi.Interface{"eth0": {{Name: "eth0"}}},
+		Attachments: map[string]attachment{"eth0": {Network: "pods", Interfaces: []cniapi.Interface{{Name: "eth0"}}}},
 	}
 	replaced, gone, deleted := lives, lives, lives
 	replaced.ContainerID, replaced.NetnsInode = "replaced", inode+1

@@ -172,6 +172,7 @@ func TestChain(t *testing.T) {
 			calls, got := f.took()
 			want := cniapi.Attachment{
 				AttachmentID: cniapi.AttachmentID{ContainerID: rt.ContainerID, IfName: "eth0"},
+				Network:      "pods",
 				Netns:        ns.Netns,
 				PodNamespace: "shop",
 				PodName:      "web-0",
@@ -233,8 +234,8 @@ func gcAndStatus(t *testing.T, c *chain, f *fake, rt *libcni.RuntimeConf) {
 	if err := gc(&libcni.GCArgs{ValidAttachments: valid}); err != nil {
 		t.Errorf("GC: %v", err)
 	}
-	if diff := cmp.Diff([]cniapi.AttachmentID{{ContainerID: rt.ContainerID, IfName: "eth0"}}, f.valid); diff != "" {
-		t.Errorf("GC (-want +got):\n%s", diff)
+	if diff := cmp.Diff([]cniapi.AttachmentID{{ContainerID: rt.ContainerID, IfName: "eth0"}}, f.valid); f.network != "pods" || diff != "" {
+		t.Errorf("GC of network %q (-want +got):\n%s", f.network, diff)
 	}
 	if calls, _ := f.took(); !cmp.Equal(calls, []string{"gc"}) {
 		t.Errorf("GC that keeps the pod: %v", calls)

@@ -23,6 +23,8 @@ const keyValidAttachments = "cni.dev/valid-attachments"
 // does not have are for others and pass.
 type conf struct {
 	CNIVersion string `json:"cniVersion"`
+	// Name of the network. The runtime puts the conflist's here.
+	Name string `json:"name"`
 	// Socket of the agent; empty means cniapi.DefaultSocket.
 	Socket string `json:"socket"`
 	// ExcludeNamespaces are namespaces whose pods the agent is not asked about.

@@ -124,7 +124,7 @@ func (p *plugin) ask(c conf, args *skel.CmdArgs, verb func(cniapi.Handler, conte
 	if !ok || slices.Contains(c.ExcludeNamespaces, pod.namespace) {
 		return raw, nil
 	}
-	a := attachment(pod, args)
+	a := attachment(c, pod, args)
 	if a.Interfaces, err = prev.interfaces(args.IfName); err != nil {
 		return nil, err
 	}
@@ -148,10 +148,10 @@ func (p *plugin) del(args *skel.CmdArgs) error {
 	if !ok || slices.Contains(c.ExcludeNamespaces, pod.namespace) {
 		return nil
 	}
-	return p.agent(c.Socket).Del(context.Background(), attachment(pod, args))
+	return p.agent(c.Socket).Del(context.Background(), attachment(c, pod, args))
 }
 
-// gc passes on which attachments there still are.
+// gc passes on which attachments of the network there still are.
 func (p *plugin) gc(args *skel.CmdArgs) error {
 	c, err := parseConf(args.StdinData)
 	if err != nil {
@@ -161,7 +161,7 @@ func (p *plugin) gc(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
-	if err := p.agent(c.Socket).GC(context.Background(), valid); err != nil {
+	if err := p.agent(c.Socket).GC(context.Background(), c.Name, valid); err != nil {
 		return agentError(err)
 	}
 	return nil
@@ -180,9 +180,10 @@ func (p *plugin) status(args *skel.CmdArgs) error {
 	return nil
 }
 
-func attachment(pod pod, args *skel.CmdArgs) cniapi.Attachment {
+func attachment(c conf, pod pod, args *skel.CmdArgs) cniapi.Attachment {
 	return cniapi.Attachment{
 		AttachmentID: cniapi.AttachmentID{ContainerID: args.ContainerID, IfName: args.IfName},
+		Network:      c.Name,
 		Netns:        args.Netns,
 		PodNamespace: pod.namespace,
 		PodName:      pod.name,

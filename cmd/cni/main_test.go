@@ -39,8 +39,10 @@ type fake struct {
 	mu    sync.Mutex
 	calls []string
 	last  cniapi.Attachment
-	valid []cniapi.AttachmentID
-	err   error
+	// network and valid are those of the last GC.
+	network string
+	valid   []cniapi.AttachmentID
+	err     error
 	// hang, if not nil, holds every request until it is closed.
 	hang chan struct{}
 }
@@ -84,8 +86,8 @@ func (f *fake) Status(context.Context) error {
 	return f.wait(f.note("status", cniapi.Attachment{}))
 }
 
-func (f *fake) GC(_ context.Context, valid []cniapi.AttachmentID) error {
-	f.valid = valid
+func (f *fake) GC(_ context.Context, network string, valid []cniapi.AttachmentID) error {
+	f.network, f.valid = network, valid
 	return f.wait(f.note("gc", cniapi.Attachment{}))
 }
 
@@ -288,6 +290,31 @@ func TestDelSucceeds(t *testing.T) {
 				t.Errorf("stderr does not say that the agent was not told: %s", c.stderr)
 			}
 		})
+	}
+}
+
+// Whatever the agent is asked, it hears of which network.
+func TestRequestsNameTheirNetwork(t *testing.T) {
+	f := &fake{}
+	p := &plugin{agent: func(string) cniapi.Handler { return f }, log: slog.New(slog.DiscardHandler)}
+	args := &skel.CmdArgs{
+		ContainerID: "c", Netns: "/n", IfName: "net1", Args: "K8S_POD_NAMESPACE=a;K8S_POD_NAME=b",
+		StdinData: []byte(`{"cniVersion":"1.1.0","name":"storage","type":"sluice-cni","prevResult":` + prev + `,
+			"cni.dev/valid-attachments":[{"containerID":"c","ifname":"net1"}]}`),
+	}
+	for name, verb := range map[string]func(*skel.CmdArgs) error{"add b": p.add, "check b": p.check, "del b": p.del} {
+		if err := verb(args); err != nil {
+			t.Fatal(err)
+		}
+		if calls, last := f.took(); len(calls) != 1 || calls[0] != name || last.Network != "storage" {
+			t.Errorf("%s: calls %v, network %q", name, calls, last.Network)
+		}
+	}
+	if err := p.gc(args); err != nil {
+		t.Fatal(err)
+	}
+	if f.network != "storage" || len(f.valid) != 1 || f.valid[0] != (cniapi.AttachmentID{ContainerID: "c", IfName: "net1"}) {
+		t.Errorf("gc: network %q, valid %v", f.network, f.valid)
 	}
 }
 

@@ -62,12 +62,12 @@ func (c *Client) Check(ctx context.Context, a Attachment) error {
 	return c.do(ctx, http.MethodPost, verbCheck, a)
 }
 
-// GC implements Handler. A nil list is an empty one: nothing is valid.
-func (c *Client) GC(ctx context.Context, valid []AttachmentID) error {
+// GC implements Handler. A nil list is an empty one: nothing of network is valid.
+func (c *Client) GC(ctx context.Context, network string, valid []AttachmentID) error {
 	if valid == nil {
 		valid = []AttachmentID{}
 	}
-	return c.do(ctx, http.MethodPost, verbGC, gcRequest{Valid: valid})
+	return c.do(ctx, http.MethodPost, verbGC, gcRequest{Network: network, Valid: valid})
 }
 
 // Status implements Handler.

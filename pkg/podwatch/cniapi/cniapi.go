@@ -18,7 +18,8 @@ const (
 // ErrUnavailable: nobody answers on the agent's socket.
 var ErrUnavailable = errors.New("sluice agent is not available")
 
-// An AttachmentID names one CNI attachment: one interface of one sandbox.
+// An AttachmentID names one CNI attachment: one interface of one sandbox. An
+// interface belongs to one network.
 type AttachmentID struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifName"`
@@ -27,6 +28,9 @@ type AttachmentID struct {
 // An Attachment is what a CNI request says of a pod and its network.
 type Attachment struct {
 	AttachmentID
+	// Network is the name of the network, that of the conflist. A node may have
+	// several.
+	Network string `json:"network"`
 	// Netns is the path of the namespace; empty in a DEL whose sandbox is gone.
 	Netns        string `json:"netns,omitempty"`
 	PodNamespace string `json:"podNamespace"`
@@ -53,8 +57,9 @@ type Handler interface {
 	Del(ctx context.Context, a Attachment) error
 	// Check returns an error naming what is missing of the redirection.
 	Check(ctx context.Context, a Attachment) error
-	// GC forgets every attachment that is not in valid.
-	GC(ctx context.Context, valid []AttachmentID) error
+	// GC forgets every attachment of network that is not in valid. Those of
+	// other networks stay: a runtime collects one network at a time.
+	GC(ctx context.Context, network string, valid []AttachmentID) error
 	// Status returns nil when Add would work.
 	Status(ctx context.Context) error
 }

@@ -24,9 +24,11 @@ type fake struct {
 	mu    sync.Mutex
 	calls []string
 	last  Attachment
-	valid []AttachmentID
-	err   error
-	do    func(context.Context) error
+	// network and valid are those of the last GC.
+	network string
+	valid   []AttachmentID
+	err     error
+	do      func(context.Context) error
 }
 
 func (f *fake) note(ctx context.Context, verb string, a Attachment) error {
@@ -45,14 +47,15 @@ func (f *fake) Del(ctx context.Context, a Attachment) error   { return f.note(ct
 func (f *fake) Check(ctx context.Context, a Attachment) error { return f.note(ctx, "check", a) }
 func (f *fake) Status(ctx context.Context) error              { return f.note(ctx, "status", Attachment{}) }
 
-func (f *fake) GC(ctx context.Context, valid []AttachmentID) error {
-	f.valid = valid
+func (f *fake) GC(ctx context.Context, network string, valid []AttachmentID) error {
+	f.network, f.valid = network, valid
 	return f.note(ctx, "gc", Attachment{})
 }
 
 func example() Attachment {
 	return Attachment{
 		AttachmentID: AttachmentID{ContainerID: "c1", IfName: "eth0"},
+		Network:      "pods",
 		Netns:        "/run/netns/x",
 		PodNamespace: "shop",
 		PodName:      "reviews-1",
@@ -103,7 +106,7 @@ func TestVerbs(t *testing.T) {
 		func() error { return c.Add(ctx, example()) },
 		func() error { return c.Check(ctx, example()) },
 		func() error { return c.Del(ctx, example()) },
-		func() error { return c.GC(ctx, []AttachmentID{{"c1", "eth0"}}) },
+		func() error { return c.GC(ctx, "pods", []AttachmentID{{"c1", "eth0"}}) },
 		func() error { return c.Status(ctx) },
 	} {
 		if err := do(); err != nil {
@@ -114,8 +117,8 @@ func TestVerbs(t *testing.T) {
 	if diff := cmp.Diff(want, f.calls); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff([]AttachmentID{{"c1", "eth0"}}, f.valid); diff != "" {
-		t.Errorf("valid (-want +got):\n%s", diff)
+	if diff := cmp.Diff([]AttachmentID{{"c1", "eth0"}}, f.valid); f.network != "pods" || diff != "" {
+		t.Errorf("GC of network %q, valid (-want +got):\n%s", f.network, diff)
 	}
 	if err := c.Add(ctx, example()); err != nil {
 		t.Fatal(err)
@@ -123,7 +126,7 @@ func TestVerbs(t *testing.T) {
 	if diff := cmp.Diff(example(), f.last, cmpAddr); diff != "" {
 		t.Errorf("attachment (-want +got):\n%s", diff)
 	}
-	if err := c.GC(ctx, nil); err != nil || f.valid == nil || len(f.valid) != 0 {
+	if err := c.GC(ctx, "pods", nil); err != nil || f.valid == nil || len(f.valid) != 0 {
 		t.Errorf("GC of nothing: %v, handler saw %#v", err, f.valid)
 	}
 	// Observe runs after the answer is written: wait for each.
@@ -335,7 +338,7 @@ func TestRequestsThatAreRefused(t *testing.T) {
 	sock := socket(t)
 	start(t, ServerOptions{Socket: sock, Handler: f}, os.Getuid(), serverBudget)
 	c := NewClient(sock)
-	const whole = `{"containerID":"c","ifName":"eth0","netns":"/n","podNamespace":"a","podName":"b"}`
+	const whole = `{"containerID":"c","ifName":"eth0","network":"pods","netns":"/n","podNamespace":"a","podName":"b"}`
 	for _, tc := range []struct {
 		name, method, path, body string
 		code                     int
@@ -348,15 +351,17 @@ func TestRequestsThatAreRefused(t *testing.T) {
 		{"unknown field", "POST", path(verbAdd), strings.Replace(whole, "{", `{"mood":1,`, 1), 400, "mood"},
 		{"wrong type", "POST", path(verbAdd), strings.Replace(whole, `"c"`, `1`, 1), 400, "containerID"},
 		{"no container", "POST", path(verbAdd), strings.Replace(whole, `"c"`, `""`, 1), 400, "containerID is missing"},
+		{"no network", "POST", path(verbAdd), strings.Replace(whole, `"pods"`, `""`, 1), 400, "network is missing"},
 		{"no netns", "POST", path(verbAdd), strings.Replace(whole, `"/n"`, `""`, 1), 400, "netns is missing"},
 		{"del without netns", "POST", path(verbDel), strings.Replace(whole, `"/n"`, `""`, 1), 200, `{}`},
 		{"bad address", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["10.1"]}],`, 1), 400, "10.1"},
 		{"empty address", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":[""]}],`, 1), 400, "want an IP address"},
 		{"zone", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["fe80::1%e"]}],`, 1), 400, "without zone"},
 		{"nameless interface", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"addrs":[]}],`, 1), 400, "no name"},
-		{"gc without list", "POST", path(verbGC), `{}`, 400, "valid is missing"},
-		{"gc null", "POST", path(verbGC), `{"valid":null}`, 400, "valid is missing"},
-		{"gc half", "POST", path(verbGC), `{"valid":[{"containerID":"c"}]}`, 400, "ifName"},
+		{"gc without list", "POST", path(verbGC), `{"network":"pods"}`, 400, "valid is missing"},
+		{"gc without network", "POST", path(verbGC), `{"valid":[]}`, 400, "network is missing"},
+		{"gc null", "POST", path(verbGC), `{"network":"pods","valid":null}`, 400, "valid is missing"},
+		{"gc half", "POST", path(verbGC), `{"network":"pods","valid":[{"containerID":"c"}]}`, 400, "ifName"},
 		{"too large", "POST", path(verbAdd), `{"podName":"` + strings.Repeat("x", maxRequest) + `"}`, 413, "too large"},
 		{"unknown path", "POST", "/v1/nothing", whole, 400, "no such request: POST /v1/nothing"},
 		{"wrong method", "GET", path(verbAdd), "", 400, "no such request: GET /v1/add"},
@@ -428,16 +433,16 @@ func TestRunFinishesRequestsUnderWay(t *testing.T) {
 }
 
 func FuzzDecode(f *testing.F) {
-	f.Add([]byte(`{"containerID":"c","ifName":"eth0","netns":"/n","podNamespace":"a","podName":"b","interfaces":[{"name":"eth0","addrs":["10.1.0.5","::ffff:10.1.0.6","fd00::5"]}]}`), true)
-	f.Add([]byte(`{"valid":[{"containerID":"c","ifName":"eth0"}]}`), false)
+	f.Add([]byte(`{"containerID":"c","ifName":"eth0","network":"pods","netns":"/n","podNamespace":"a","podName":"b","interfaces":[{"name":"eth0","addrs":["10.1.0.5","::ffff:10.1.0.6","fd00::5"]}]}`), true)
+	f.Add([]byte(`{"network":"pods","valid":[{"containerID":"c","ifName":"eth0"}]}`), false)
 	f.Add([]byte(`{"interfaces":[{"name":"e","addrs":["fe80::1%e"]}]}`), true)
 	f.Add([]byte(`[{}]`), true)
 	f.Add([]byte(`{} {}`), false)
 	f.Fuzz(func(t *testing.T, data []byte, attachment bool) {
 		if !attachment {
-			valid, err := decodeGC(bytes.NewReader(data))
-			if err == nil && valid == nil {
-				t.Errorf("no list and no error: %s", data)
+			req, err := decodeGC(bytes.NewReader(data))
+			if err == nil && (req.Network == "" || req.Valid == nil) {
+				t.Errorf("no network or list and no error: %s", data)
 			}
 			return
 		}
@@ -445,7 +450,7 @@ func FuzzDecode(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if a.ContainerID == "" || a.IfName == "" || a.Netns == "" || a.PodName == "" || a.PodNamespace == "" {
+		if a.ContainerID == "" || a.IfName == "" || a.Network == "" || a.Netns == "" || a.PodName == "" || a.PodNamespace == "" {
 			t.Errorf("accepted with a part missing: %s", data)
 		}
 		for _, i := range a.Interfaces {

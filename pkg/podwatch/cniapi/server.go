@@ -150,11 +150,11 @@ func (s *Server) handler() http.Handler {
 	attachment(verbDel, h.Del)
 	attachment(verbCheck, h.Check)
 	mux.Handle("POST "+path(verbGC), s.serve(verbGC, func(r *http.Request) error {
-		valid, err := decodeGC(r.Body)
+		req, err := decodeGC(r.Body)
 		if err != nil {
 			return badRequest{err}
 		}
-		return h.GC(r.Context(), valid)
+		return h.GC(r.Context(), req.Network, req.Valid)
 	}))
 	mux.Handle("GET "+path(verbStatus), s.serve(verbStatus, func(r *http.Request) error {
 		return h.Status(r.Context())

@@ -35,7 +35,8 @@ type answer struct {
 
 // A gcRequest is the body of a GC request.
 type gcRequest struct {
-	Valid []AttachmentID `json:"valid"`
+	Network string         `json:"network"`
+	Valid   []AttachmentID `json:"valid"`
 }
 
 func path(verb string) string { return "/v1/" + verb }
@@ -64,6 +65,7 @@ func decodeAttachment(r io.Reader, verb string) (Attachment, error) {
 	for _, f := range []struct{ name, value string }{
 		{"containerID", a.ContainerID},
 		{"ifName", a.IfName},
+		{"network", a.Network},
 		{"podNamespace", a.PodNamespace},
 		{"podName", a.PodName},
 	} {
@@ -88,20 +90,23 @@ func decodeAttachment(r io.Reader, verb string) (Attachment, error) {
 	return a, nil
 }
 
-// decodeGC reads the list of a GC.
-func decodeGC(r io.Reader) ([]AttachmentID, error) {
+// decodeGC reads the request of a GC.
+func decodeGC(r io.Reader) (gcRequest, error) {
 	var req gcRequest
 	if err := decode(r, &req); err != nil {
-		return nil, err
+		return gcRequest{}, err
+	}
+	if req.Network == "" {
+		return gcRequest{}, errors.New("decode request: network is missing")
 	}
 	// Without the list everything would be forgotten; that must be said.
 	if req.Valid == nil {
-		return nil, errors.New("decode request: valid is missing")
+		return gcRequest{}, errors.New("decode request: valid is missing")
 	}
 	for _, id := range req.Valid {
 		if id.ContainerID == "" || id.IfName == "" {
-			return nil, errors.New("decode request: a valid attachment lacks containerID or ifName")
+			return gcRequest{}, errors.New("decode request: a valid attachment lacks containerID or ifName")
 		}
 	}
-	return req.Valid, nil
+	return req, nil
 }
