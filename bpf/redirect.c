@@ -506,8 +506,13 @@ int sl_lookup(struct bpf_sk_lookup *ctx)
 	__u64 *netns;
 	long err;
 
-	/* bpf_skc_lookup_tcp in tcx asks here too, for the inbound port. */
-	if (ctx->protocol != IPPROTO_TCP || ctx->local_port == SL_INBOUND_PORT)
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+	/*
+	 * What was led to the proxy arrives here, and bpf_skc_lookup_tcp in tcx
+	 * asks here too: it must find the listener itself.
+	 */
+	if (ctx->local_port == SL_INBOUND_PORT || ctx->local_port == SL_OUTBOUND_PORT)
 		return SK_PASS;
 	if (ctx->family == AF_INET) {
 		local = sl_addr4(sl_u32(ctx->local_ip4));

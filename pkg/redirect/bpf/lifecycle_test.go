@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -184,7 +185,11 @@ func TestTakeOverOtherPrograms(t *testing.T) {
 			r = open(t, o)
 			defer func() { _ = r.Close() }()
 			fresh := links()
-			if want := map[bool]int{false: 8, true: 7}[forceCLS]; len(old) != want || len(fresh) != want {
+			want := 7
+			if hasTCX(t, o) {
+				want++
+			}
+			if len(old) != want || len(fresh) != want {
 				t.Errorf("%d links before, %d after, want %d", len(old), len(fresh), want)
 			}
 			for _, id := range fresh {
@@ -395,9 +400,26 @@ func exist(all []object) string {
 	return strings.Join(left, ", ")
 }
 
+// hasTCX reports whether a Redirector with these options attaches to tcx.
+func hasTCX(t *testing.T, o Options) bool {
+	t.Helper()
+	version, err := features.LinuxVersionCode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return version >= 6<<16|6<<8 && !o.forceCLS
+}
+
 // TestMend takes parts of the redirection away and has Add put them back.
 func TestMend(t *testing.T) {
+	for _, forceCLS := range []bool{false, true} {
+		t.Run(fmt.Sprintf("forceCLS=%v", forceCLS), func(t *testing.T) { testMend(t, forceCLS) })
+	}
+}
+
+func testMend(t *testing.T, forceCLS bool) {
 	o := newOptions(t)
+	o.forceCLS = forceCLS
 	node := netnstest.NewNode(t)
 	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
 	proxy(t, pod)
@@ -407,8 +429,7 @@ func TestMend(t *testing.T) {
 	defer func() { _ = r.Close() }()
 	w := workload(t, pod)
 	mustAdd(t, r, w)
-	dir := r.podDir(w.ID)
-	pins, err := os.ReadDir(dir)
+	pins, err := os.ReadDir(r.podDir(w.ID))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -419,10 +440,13 @@ func TestMend(t *testing.T) {
 		"hook getsockopt": func() error { return os.Remove(filepath.Join(r.hookDir(), "getsockopt")) },
 	}
 	for _, pin := range pins {
-		damage[pin.Name()] = func() error { return detachPinned(filepath.Join(dir, pin.Name())) }
+		damage[pin.Name()] = func() error { return detachPinned(filepath.Join(r.podDir(w.ID), pin.Name())) }
+	}
+	if !hasTCX(t, o) {
+		damage["filter"] = func() error { return pod.Do(func() error { return detachFilters(func(int) bool { return false }) }) }
 	}
 	if len(damage) != 6 {
-		t.Fatalf("pins of the pod: %v, want two", pins)
+		t.Fatalf("pins of the pod: %v", pins)
 	}
 	for what, do := range damage {
 		t.Run(what, func(t *testing.T) {
