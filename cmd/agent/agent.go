@@ -79,48 +79,45 @@ type podCounts struct{ redirected, untouched, failed int }
 // Run brings the node to what the source says once the source has been read,
 // and then follows every change, until ctx ends. It leaves the traffic as it is.
 func (a *agent) Run(ctx context.Context) error {
-	batches := make(chan podwatch.Batch)
-	watch := func() {
-		defer close(batches)
-		for {
-			b, err := a.store.Wait(ctx)
-			if err != nil {
-				return
-			}
-			select {
-			case batches <- b:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}
 	heal := time.NewTicker(healInterval)
 	defer heal.Stop()
-	synced, changed := a.store.Synced(), (chan podwatch.Batch)(nil)
-	defer func() {
-		for range changed { // until watch has ended
-		}
-	}()
+	changed := make(chan podwatch.Batch)
+	synced := a.store.Synced()
+	var watching sync.WaitGroup
+	defer watching.Wait() // it ends with ctx
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-synced:
-			synced, changed = nil, batches
+			synced = nil
 			if err := a.start(ctx); err != nil {
 				return err
 			}
-			go watch()
-		case b, open := <-changed:
-			if open {
-				a.apply(ctx, b.Keys, b.Since)
-			}
+			watching.Go(func() { a.watch(ctx, changed) })
+		case b := <-changed:
+			a.apply(ctx, b.Keys, b.Since)
 		case f := <-a.calls:
 			f()
 		case <-heal.C:
 			if a.ready.Load() {
 				a.heal(ctx)
 			}
+		}
+	}
+}
+
+// watch hands on what changed in the source until ctx ends.
+func (a *agent) watch(ctx context.Context, changed chan<- podwatch.Batch) {
+	for {
+		b, err := a.store.Wait(ctx)
+		if err != nil {
+			return // ctx has ended
+		}
+		select {
+		case changed <- b:
+		case <-ctx.Done():
+			return
 		}
 	}
 }
@@ -283,7 +280,8 @@ func (a *agent) applyServices(keys []podwatch.Key, since time.Time) {
 // asks for, what was in place before stays.
 func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) (err error) {
 	object := "pod " + box.Namespace + "/" + box.Name
-	defer func() { a.problem(object, err); a.count() }()
+	var partly error // is reported, but keeps no pod from starting
+	defer func() { a.problem(object, errors.Join(err, partly)); a.count() }()
 
 	state := a.pods[box.ContainerID]
 	if state == nil {
@@ -316,9 +314,10 @@ func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) (err
 		return err
 	}
 	sidecar.UID = workload.ID.String() // a pod's sandbox may be made again while the old one still ends
-	resources, err := a.translator.Pod(sidecar)
-	if err != nil {
-		return fmt.Errorf("translate pod %s: %w", workload.Pod, err)
+	// What could be translated takes effect; nothing at all is not served.
+	var resources []xds.Resource
+	if resources, partly = a.translator.Pod(sidecar); len(resources) == 0 && partly != nil {
+		return fmt.Errorf("translate pod %s: %w", workload.Pod, partly)
 	}
 	a.sidecars.SetPod(server.Pod{
 		UID: sidecar.UID, Namespace: sidecar.Namespace, Name: sidecar.Name, Base: baseOwner(sidecar.OutboundPolicy),

@@ -378,32 +378,34 @@ func TestManyConnections(t *testing.T) {
 
 		t.Run("20000 short ones", func(t *testing.T) {
 			const count, workers = 20_000, 8
-			before := synRetransmits(t, client)
-			var left, failed atomic.Int64
+			retransmits := func() int { return synRetransmits(t, client) + synRetransmits(t, server) }
+			before := retransmits()
+			var left, failed, slowest atomic.Int64
 			left.Store(count)
-			var slowest atomic.Int64
 			var wg sync.WaitGroup
 			for range workers {
 				wg.Go(func() {
-					for left.Add(-1) >= 0 {
-						start := time.Now()
-						if err := shortConnection(t.Context(), client); err != nil {
-							if failed.Add(1) < 5 {
+					// Inside the pod once for all connections: entering takes longer than connecting.
+					err := client.Do(func() error {
+						for left.Add(-1) >= 0 {
+							start := time.Now()
+							if err := shortConnection(t.Context()); err != nil && failed.Add(1) < 5 {
 								t.Logf("connection: %v", err)
 							}
-						}
-						for d := int64(time.Since(start)); ; {
-							old := slowest.Load()
-							if d <= old || slowest.CompareAndSwap(old, d) {
-								break
+							took := int64(time.Since(start))
+							for old := slowest.Load(); took > old && !slowest.CompareAndSwap(old, took); old = slowest.Load() {
 							}
 						}
+						return nil
+					})
+					if err != nil {
+						t.Error(err)
 					}
 				})
 			}
 			wg.Wait()
-			resent := synRetransmits(t, client) - before
-			t.Logf("%d connections, %d SYNs sent twice in the client pod, slowest %v", count, resent, time.Duration(slowest.Load()).Round(time.Millisecond))
+			resent := retransmits() - before
+			t.Logf("%d connections, %d SYNs sent twice in both pods, slowest %v", count, resent, time.Duration(slowest.Load()).Round(time.Millisecond))
 			if failed.Load() > 0 {
 				t.Errorf("%d of %d connections failed", failed.Load(), count)
 			}
@@ -416,9 +418,10 @@ func TestManyConnections(t *testing.T) {
 	})
 }
 
-// shortConnection connects to the echo, gets one answer and closes first.
-func shortConnection(ctx context.Context, client *pod) error {
-	c, err := client.Dial(ctx, "tcp", vip4+":82")
+// shortConnection connects to the echo, gets one answer and closes first. The
+// caller is inside the pod: a dial of one address does not leave its thread.
+func shortConnection(ctx context.Context) error {
+	c, err := new(net.Dialer).DialContext(ctx, "tcp", vip4+":82")
 	if err != nil {
 		return err
 	}
