@@ -38,6 +38,9 @@ func runHost(ctx context.Context, o options) (err error) {
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return errors.New("another demo is running")
 	}
+	if _, err := os.Stat(keptFile); err == nil {
+		return errors.New("a demo that was to be kept is still running; make demo-clean ends it")
+	}
 	if left := leftovers(); len(left) > 0 {
 		out.note("an earlier demo left %s: removing it", strings.Join(left, ", "))
 		if err := clean(o); err != nil {
@@ -99,7 +102,11 @@ func runHost(ctx context.Context, o options) (err error) {
 		}
 		return errors.New("the demo did not run to its end (see above)")
 	}
-	kept = o.keep
+	if kept = o.keep; kept {
+		if err := os.WriteFile(keptFile, nil, 0o644); err != nil {
+			return fmt.Errorf("note that the demo is kept: %w", err)
+		}
+	}
 	return nil
 }
 
@@ -127,6 +134,9 @@ func showLogs(out *printer) error {
 	}
 	return nil
 }
+
+// keptFile tells a demo that was to be kept from one that was killed.
+const keptFile = stateDir + "/kept"
 
 func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
 
