@@ -33,7 +33,6 @@ const (
 type node struct {
 	o        options
 	out      *printer
-	cgroup   *os.File
 	cni      *libcni.CNIConfig
 	loopback *libcni.NetworkConfigList
 	chain    *libcni.NetworkConfigList
@@ -61,7 +60,6 @@ func runNode(ctx context.Context, o options) error {
 	if err := n.setUp(); err != nil {
 		return err
 	}
-	defer func() { _ = n.cgroup.Close() }()
 	before, err := snapshot()
 	if err != nil {
 		return err
@@ -105,9 +103,6 @@ func (n *node) setUp() error {
 	}
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return fmt.Errorf("make cgroup: %w", err)
-	}
-	if n.cgroup, err = os.Open(dir); err != nil {
-		return fmt.Errorf("open cgroup: %w", err)
 	}
 	if err := os.Mkdir(manifestDir, 0o755); err != nil {
 		return fmt.Errorf("make manifest directory: %w", err)
@@ -176,7 +171,7 @@ func (n *node) startAgent(ctx context.Context) (err error) {
 		n.o.bin + "/sluice-agent", "run", "--source", "files:" + manifestDir, "--backend", n.o.backend,
 		"--cni-socket", cniSocket, "--http-addr", agentAddr, "--node", "demo",
 	}, kernelFlags()...)
-	if n.agent, err = n.spawn("agent", argv...); err != nil {
+	if n.agent, err = spawn("agent", argv...); err != nil {
 		return err
 	}
 	return waitFor(ctx, "the agent", n.agent, get(ctx, "http://"+agentAddr+"/readyz"))

@@ -218,7 +218,7 @@ func (n *node) start(ctx context.Context, o object) (*pod, error) {
 
 // inPod starts a program inside a pod.
 func (n *node) inPod(p *pod, name string, uid int, argv ...string) (*process, error) {
-	return n.spawn(name, append([]string{n.o.self, "exec", fmt.Sprintf("--uid=%d", uid), p.name}, argv...)...)
+	return spawn(name, append([]string{n.o.self, "exec", fmt.Sprintf("--uid=%d", uid), p.name}, argv...)...)
 }
 
 // get returns nil once url answers 200.

@@ -28,8 +28,8 @@ type process struct {
 	err  error         // how it ended, once done is closed
 }
 
-// spawn starts a program in the caller's network namespace and the demo's cgroup.
-func (n *node) spawn(name string, argv ...string) (*process, error) {
+// spawn starts a program in the node's network namespace.
+func spawn(name string, argv ...string) (*process, error) {
 	p := &process{name: name, log: filepath.Join(stateDir, "log", name+".log"), done: make(chan struct{})}
 	f, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -38,7 +38,7 @@ func (n *node) spawn(name string, argv ...string) (*process, error) {
 	defer func() { _ = f.Close() }()
 	p.cmd = exec.Command(argv[0], argv[1:]...)
 	p.cmd.Stdout, p.cmd.Stderr = f, f
-	p.cmd.SysProcAttr = n.attr()
+	p.cmd.SysProcAttr = awayFromTerminal()
 	if err := p.cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start %s: %w", name, err)
 	}
@@ -49,10 +49,9 @@ func (n *node) spawn(name string, argv ...string) (*process, error) {
 	return p, nil
 }
 
-// attr puts a child into the demo's cgroup and away from the terminal's signals.
-func (n *node) attr() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Setsid: true, UseCgroupFD: true, CgroupFD: int(n.cgroup.Fd())}
-}
+// awayFromTerminal keeps the terminal's signals from a child: the demo ends its
+// children itself, in order.
+func awayFromTerminal() *syscall.SysProcAttr { return &syscall.SysProcAttr{Setsid: true} }
 
 // stop sends sig and waits until the process has ended; after 10 s it kills it.
 func (p *process) stop(sig syscall.Signal) error {
@@ -106,7 +105,7 @@ func (p *process) logs(text string) func() error {
 	}
 }
 
-// cgroupDir is the demo's cgroup, below the mount point of cgroup v2.
+// cgroupDir is the cgroup of the demo's pods, below the mount point of cgroup v2.
 func cgroupDir() (string, error) {
 	b, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -135,13 +134,20 @@ func removeCgroup(dir string) error {
 	}
 }
 
-// enter becomes a command inside a pod: its network namespace, its host name
-// and its /etc/hosts, which stands in for the cluster's DNS. It only returns if
-// that is not possible.
+// enter becomes a command inside a pod: its network namespace, the cgroup of
+// all pods, its host name and its /etc/hosts, which stands in for the cluster's
+// DNS. It only returns if that is not possible.
 func enter(pod string, uid int, argv []string) error {
 	path, err := exec.LookPath(argv[0])
 	if err != nil {
 		return fmt.Errorf("find program: %w", err)
+	}
+	cgroup, err := cgroupDir()
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), []byte("0"), 0o644); err != nil {
+		return fmt.Errorf("enter cgroup of the pods: %w", err)
 	}
 	ns, err := os.Open(netnsPath(prefix + pod))
 	if err != nil {
@@ -174,7 +180,7 @@ func enter(pod string, uid int, argv []string) error {
 // command is a command inside a pod whose output is read.
 func (n *node) command(ctx context.Context, p *pod, uid int, argv ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, n.o.self, append([]string{"exec", "--uid=" + strconv.Itoa(uid), p.name}, argv...)...)
-	cmd.SysProcAttr = n.attr()
+	cmd.SysProcAttr = awayFromTerminal()
 	cmd.Stderr = os.Stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
