@@ -13,6 +13,13 @@ import (
 // scrapeTimeout bounds how long one scrape may ask the kernel.
 const scrapeTimeout = 5 * time.Second
 
+func newBuildInfo() prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sluice_build_info", Help: "1, labelled with the version.",
+		ConstLabels: prometheus.Labels{"version": version},
+	}, func() float64 { return 1 })
+}
+
 // cniMetrics counts the plugin's requests.
 type cniMetrics struct {
 	requests *prometheus.CounterVec

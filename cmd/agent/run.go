@@ -44,7 +44,7 @@ func runAgent(ctx context.Context, e env, args []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, chosen.Close()) }()
-	translator, err := translate.New(translate.Options{})
+	translator, err := translate.New(translate.Options{IPv4Only: !hasIPv6()})
 	if err != nil {
 		return fmt.Errorf("set up translation: %w", err)
 	}
@@ -79,10 +79,7 @@ func runAgent(ctx context.Context, e env, args []string) (err error) {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
-		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
-			Name: "sluice_build_info", Help: "1, labelled with the version.",
-			ConstLabels: prometheus.Labels{"version": version},
-		}, func() float64 { return 1 }),
+		newBuildInfo(),
 	)
 	backend := func() (string, string) { return string(chosen.Backend()), chosen.Reason() }
 	registry.MustRegister(newNodeMetrics(chosen, backend, a, func() int { return len(files.Problems()) }))
@@ -153,6 +150,13 @@ func openRedirection(c config, log *slog.Logger) (*redirect.Chosen, error) {
 		return nil, fmt.Errorf("open redirection backend %s: %w", c.backend, err)
 	}
 	return chosen, nil
+}
+
+// hasIPv6 says whether the kernel has IPv6 at all; with ipv6.disable=1 it has
+// not, and an Envoy that is told to listen on an IPv6 address rejects that.
+func hasIPv6() bool {
+	_, err := os.Stat("/proc/net/if_inet6")
+	return err == nil
 }
 
 func iptablesState(k kernelConfig) string { return filepath.Join(k.stateDir, "iptables") }
