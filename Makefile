@@ -88,7 +88,7 @@ generate-check: ## The committed eBPF objects are what bpf/ compiles to, and C i
 	@$(SETUP) clang || { [ -z "$$CI" ] && echo "skipped: generate-check needs clang-$(CLANG)"; exit $${CI:+1}; }
 	@if command -v clang-$(CLANG) >/dev/null; then set -ex; \
 	clang-format-$(CLANG) --dry-run --Werror $(CSOURCES); \
-	$(GO) generate ./pkg/redirect/bpf/...; git diff --exit-code --stat -- pkg/redirect/bpf; fi
+	$(GO) generate ./pkg/redirect/bpf/...; git diff --exit-code --stat -- 'pkg/redirect/bpf/*_bpfel*'; fi
 
 mod-check: ## go.mod and go.sum are tidy and what they name is what was downloaded
 	$(GO) mod tidy -diff
