@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -225,16 +226,33 @@ func proxySource6() *netlink.Addr {
 	return &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: net.CIDRMask(128, 128)}}
 }
 
-// addProxySource6 adds ::6 to lo in the thread's namespace.
+// proxySourceDeadline bounds how long the kernel may take to make ::6 local.
+const proxySourceDeadline = 2 * time.Second
+
+// addProxySource6 adds ::6 to lo in the thread's namespace and returns when
+// the kernel, which finishes in the background, takes it for local: until then
+// the proxy could not bind to it.
 func addProxySource6() error {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return fmt.Errorf("find interface lo: %w", err)
 	}
-	if err := netlink.AddrAdd(lo, proxySource6()); err != nil && !errors.Is(err, unix.EEXIST) {
+	addr := proxySource6()
+	addr.Flags = unix.IFA_F_NODAD
+	if err := netlink.AddrAdd(lo, addr); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add address ::6 to lo: %w", err)
 	}
-	return nil
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(proxySourceDeadline); ; <-tick.C {
+		routes, err := netlink.RouteGet(addr.IP)
+		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("wait for address ::6 on lo (%v): %w", err, unix.EADDRNOTAVAIL)
+		}
+	}
 }
 
 // hasProxySource6 reports whether lo in the thread's namespace has ::6.
