@@ -23,6 +23,8 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/types"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
@@ -256,6 +258,77 @@ func TestPolicyChangesLive(t *testing.T) {
 	})
 }
 
+// TestOutboundPolicy: a pod may be kept from what no service describes, and be
+// let go again, while it runs.
+func TestOutboundPolicy(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		n, client, _ := newPair(t, backend)
+		plain := n.pod(t, "plain", podSpec{plain: true})
+		plain.serveTCP(t, 7000, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+		reaches := func() bool {
+			c := dialFrom(t, client, netip.AddrPortFrom(plain.v4, 7000).String())
+			defer func() { _ = c.Close() }()
+			_, _ = io.WriteString(c, "x\n")
+			line, _ := bufio.NewReader(c).ReadString('\n')
+			return line == "x\n"
+		}
+		for _, policy := range []string{"passthrough", "block", "passthrough"} {
+			n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: ", labels: {app: client}, annotations: {sluice.dev/outbound-policy: " + policy + "}"}))
+			eventually(t, func() bool { return reaches() == (policy == "passthrough") }, func() string { return "outbound policy " + policy + " has no effect" })
+			if code, body, _, err := fetch(client.httpClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
+				t.Errorf("with outbound policy %s a service answers %d %q, %v", policy, code, body, err)
+			}
+		}
+	})
+}
+
+// TestCNIVerbs sends CHECK, GC and STATUS through the real chain.
+func TestCNIVerbs(t *testing.T) {
+	eachBackend(t, func(t *testing.T, backend string) {
+		n, client, _ := newPair(t, backend)
+		ask := func(f func() error) error { return n.ns.Do(f) }
+		check := func() error {
+			return ask(func() error { return n.cni.CheckNetworkList(t.Context(), n.conf, client.rt) })
+		}
+		status := func() error { return ask(func() error { return n.cni.GetStatusNetworkList(t.Context(), n.conf) }) }
+		if err := check(); err != nil {
+			t.Errorf("CHECK of a pod that is redirected: %v", err)
+		}
+		if err := status(); err != nil {
+			t.Errorf("STATUS of an agent that is ready: %v", err)
+		}
+		// Someone takes a part of the redirection away.
+		breakIt := client.Command(t, 0, "ip", "-6", "address", "del", "::6/128", "dev", "lo")
+		if out, err := breakIt.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if err := check(); err == nil || !strings.Contains(err.Error(), "::6") {
+			t.Errorf("CHECK of a pod without ::6: %v; want an error that names it", err)
+		}
+		redirected := func() bool {
+			_, body, err := n.get("/metrics")
+			return err == nil && strings.Contains(body, "\nsluice_pods{state=\"redirected\"} 2\n")
+		}
+		if !redirected() {
+			t.Error("not both pods are redirected")
+		}
+		gc := func(valid ...types.GCAttachment) error {
+			return ask(func() error { return n.cni.GCNetworkList(t.Context(), n.conf, &libcni.GCArgs{ValidAttachments: valid}) })
+		}
+		all := []types.GCAttachment{{ContainerID: "c-client", IfName: "eth0"}, {ContainerID: "c-server", IfName: "eth0"}}
+		if err := gc(all...); err != nil || !redirected() {
+			t.Errorf("GC that keeps all: %v, both redirected: %v", err, redirected())
+		}
+		if err := gc(all[1]); err != nil || redirected() {
+			t.Errorf("GC that keeps the server alone: %v, both redirected: %v", err, redirected())
+		}
+		n.killAgent()
+		if err := status(); err == nil {
+			t.Error("STATUS succeeds without an agent")
+		}
+	})
+}
+
 // TestBackendChangesLive moves a running pod from eBPF to iptables and back.
 func TestBackendChangesLive(t *testing.T) {
 	if only := os.Getenv("BACKEND"); only == "iptables" {
@@ -460,6 +533,7 @@ func TestUninstallLeavesNothing(t *testing.T) {
 // data plane could have made, and its pins.
 func kernelState(t *testing.T) []string {
 	t.Helper()
+	maps := []string{"pods", "pod_ips", "pod_meta", "ports", "cidrs", "targets", "handover", "listeners", "stats", "layouts"}
 	var state []string
 	ours := map[ebpf.ProgramID]bool{}
 	for id := ebpf.ProgramID(0); ; {
@@ -488,7 +562,7 @@ func kernelState(t *testing.T) []string {
 		if err != nil {
 			continue
 		}
-		if info, err := m.Info(); err == nil && strings.HasPrefix(info.Name, "sl_") {
+		if info, err := m.Info(); err == nil && slices.Contains(maps, info.Name) {
 			state = append(state, fmt.Sprintf("map %d %s", id, info.Name))
 		}
 		_ = m.Close()

@@ -314,6 +314,20 @@ func TestProtocols(t *testing.T) {
 			}
 		})
 
+		t.Run("port that is not declared", func(t *testing.T) {
+			server.serveTCP(t, 9999, func(c *net.TCPConn) { _, _ = io.WriteString(c, "from "+c.RemoteAddr().String()+"\n") })
+			before := server.stat(t, `^cluster\.in-passthrough\.upstream_cx_total$`)
+			for _, addr := range []netip.Addr{server.v4, server.v6} {
+				line, err := bufio.NewReader(dialFrom(t, client, netip.AddrPortFrom(addr, 9999).String())).ReadString('\n')
+				if !strings.HasPrefix(line, "from 127.0.0.6:") && !strings.HasPrefix(line, "from [::6]:") {
+					t.Errorf("%s: the application saw %q, %v; want its own Envoy", addr, line, err)
+				}
+			}
+			if after := server.stat(t, `^cluster\.in-passthrough\.upstream_cx_total$`); after != before+2 {
+				t.Errorf("inbound passthrough connections went from %d to %d, want two more", before, after)
+			}
+		})
+
 		t.Run("pod calls its own service", func(t *testing.T) {
 			server.waitService(t, "server", 80, 1)
 			before := server.stat(t, `^listener\..*15006\.downstream_cx_total$|^http\.in.*downstream_cx_total$`)
