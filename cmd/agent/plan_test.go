@@ -180,3 +180,12 @@ func TestSandboxNetwork(t *testing.T) {
 		})
 	}
 }
+
+// TestPortsAgree: the data plane leads to the ports that the sidecars listen on.
+func TestPortsAgree(t *testing.T) {
+	want := []uint16{redirect.AdminPort, redirect.OutboundPort, redirect.InboundPort, redirect.HealthPort}
+	got := []uint16{xds.PortAdmin, xds.PortOutbound, xds.PortInbound, xds.PortHealth}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("ports of redirection and of xDS, -want +got:\n%s", diff)
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -20,8 +19,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/net/http2"
-	"golang.org/x/net/http2/h2c"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/interop/grpc_testing"
@@ -80,7 +77,9 @@ func serve(t *testing.T, p *pod) {
 		w.Header().Set("X-Remote", r.RemoteAddr)
 		_, _ = fmt.Fprintf(w, "%s %s %s", p.name, r.Proto, r.Host)
 	})
-	httpServer := &http.Server{Handler: h2c.NewHandler(h, &http2.Server{}), ReadHeaderTimeout: deadline}
+	httpServer := &http.Server{Handler: h, ReadHeaderTimeout: deadline, Protocols: new(http.Protocols)}
+	httpServer.Protocols.SetHTTP1(true)
+	httpServer.Protocols.SetUnencryptedHTTP2(true)
 	go func() { _ = httpServer.Serve(p.listen(t, 8080)) }()
 	t.Cleanup(func() { _ = httpServer.Close() })
 
@@ -221,11 +220,11 @@ func TestProtocols(t *testing.T) {
 		}
 
 		t.Run("HTTP2", func(t *testing.T) {
-			transport := &http2.Transport{AllowHTTP: true, DialTLSContext: func(ctx context.Context, network, addr string, _ *tls.Config) (net.Conn, error) {
-				return client.Dial(ctx, network, addr) // prior knowledge, in clear text
-			}}
+			c := client.httpClient(true) // with prior knowledge, in clear text
+			transport := c.Transport.(*http.Transport)
+			transport.Protocols = new(http.Protocols)
+			transport.Protocols.SetUnencryptedHTTP2(true)
 			defer transport.CloseIdleConnections()
-			c := &http.Client{Timeout: deadline, Transport: transport}
 			for _, port := range []string{"80", "86"} {
 				code, body, _, err := fetch(c, "http://"+vip4+":"+port+"/h2")
 				if err != nil || code != 200 || !strings.HasPrefix(body, "server HTTP/2.0") {

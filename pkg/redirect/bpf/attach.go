@@ -250,7 +250,7 @@ func addProxySource6() error {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("wait for address ::6 on lo (%v): %w", err, unix.EADDRNOTAVAIL)
+			return fmt.Errorf("wait until address ::6 on lo is local: %w", errors.Join(unix.EADDRNOTAVAIL, err))
 		}
 	}
 }

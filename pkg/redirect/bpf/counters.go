@@ -96,8 +96,12 @@ func (r *Redirector) MapUsage(ctx context.Context) ([]redirect.MapUsage, error) 
 		name string
 		m    *ebpf.Map
 	}{
-		{redirectMapPods, s.Pods}, {redirectMapPodIps, s.PodIps}, {redirectMapPorts, s.Ports},
-		{redirectMapCidrs, s.Cidrs}, {redirectMapHandover, s.Handover}, {redirectMapListeners, s.Listeners},
+		{redirectMapPods, s.Pods},
+		{redirectMapPodIps, s.PodIps},
+		{redirectMapPorts, s.Ports},
+		{redirectMapCidrs, s.Cidrs},
+		{redirectMapHandover, s.Handover},
+		{redirectMapListeners, s.Listeners},
 	} {
 		n, err := count(ctx, m.m)
 		if err != nil {

@@ -289,8 +289,12 @@ func TestMapsKeepTheirSize(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []redirect.MapUsage{
-		{Name: "pods", Capacity: 3}, {Name: "pod_ips", Capacity: 6}, {Name: "ports", Capacity: 30},
-		{Name: "cidrs", Capacity: 31}, {Name: "handover", Capacity: 32}, {Name: "listeners", Capacity: 6},
+		{Name: "pods", Capacity: 3},
+		{Name: "pod_ips", Capacity: 6},
+		{Name: "ports", Capacity: 30},
+		{Name: "cidrs", Capacity: 31},
+		{Name: "handover", Capacity: 32},
+		{Name: "listeners", Capacity: 6},
 	}
 	if diff := cmp.Diff(want, usage); diff != "" {
 		t.Errorf("usage (-want +got):\n%s", diff)

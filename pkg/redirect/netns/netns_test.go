@@ -71,7 +71,7 @@ func TestDo(t *testing.T) {
 		}
 		return boom
 	})
-	if err != boom {
+	if !errors.Is(err, boom) {
 		t.Errorf("got %v, want fn's error unchanged", err)
 	}
 	err = Do(path, func() error { runtime.Goexit(); return nil })

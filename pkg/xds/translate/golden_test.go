@@ -72,8 +72,10 @@ func goldenCases() []goldenCase {
 				return t.Pod(xds.Pod{
 					UID: "uid", Namespace: "shop", Name: "reviews-1", Addrs: f.pods,
 					Inbound: []xds.InboundPort{
-						{Port: 9080, Protocol: xds.ProtocolHTTP}, {Port: 3306, Protocol: xds.ProtocolTCP},
-						{Port: 8080, Protocol: xds.ProtocolAuto}, {Port: 7070, Protocol: xds.ProtocolGRPC},
+						{Port: 9080, Protocol: xds.ProtocolHTTP},
+						{Port: 3306, Protocol: xds.ProtocolTCP},
+						{Port: 8080, Protocol: xds.ProtocolAuto},
+						{Port: 7070, Protocol: xds.ProtocolGRPC},
 					},
 				})
 			},

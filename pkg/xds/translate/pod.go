@@ -12,7 +12,6 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 
-	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/xds"
 )
 
@@ -32,7 +31,7 @@ func (t *Translator) Pod(p xds.Pod) ([]xds.Resource, error) {
 		return nil, fmt.Errorf("translate pod %s/%s: %w", p.Namespace, p.Name, err)
 	}
 	out.add(xds.ClusterType, InboundPassthroughCluster, t.inbound(InboundPassthroughCluster, p.Addrs))
-	l, err := t.bound(InboundListener, redirect.InboundPort, p.Addrs, corev3.TrafficDirection_INBOUND, InboundPassthroughCluster)
+	l, err := t.bound(InboundListener, xds.PortInbound, p.Addrs, corev3.TrafficDirection_INBOUND, InboundPassthroughCluster)
 	if err != nil {
 		out.fail(fmt.Errorf("translate %s: %w", InboundListener, err))
 	} else {
@@ -54,7 +53,7 @@ func (t *Translator) Pod(p xds.Pod) ([]xds.Resource, error) {
 
 func (t *Translator) inboundResources(out *list, p xds.Pod, port xds.InboundPort, twice bool) error {
 	switch port.Port {
-	case 0, redirect.AdminPort, redirect.OutboundPort, redirect.InboundPort, redirect.HealthPort:
+	case 0, xds.PortAdmin, xds.PortOutbound, xds.PortInbound, xds.PortHealth:
 		return errors.New("the port belongs to the sidecar")
 	}
 	if twice {

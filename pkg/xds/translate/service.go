@@ -13,7 +13,6 @@ import (
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
-	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/xds"
 )
 
@@ -43,7 +42,7 @@ func (t *Translator) Base(p xds.OutboundPolicy) ([]xds.Resource, error) {
 	default:
 		return nil, fmt.Errorf("translate outbound policy %q: there is none of this name", p)
 	}
-	l, err := t.bound(OutboundListener, redirect.OutboundPort, families, corev3.TrafficDirection_OUTBOUND, unknown)
+	l, err := t.bound(OutboundListener, xds.PortOutbound, families, corev3.TrafficDirection_OUTBOUND, unknown)
 	if err != nil {
 		out.fail(fmt.Errorf("translate %s: %w", OutboundListener, err))
 	} else {
@@ -84,7 +83,7 @@ func (t *Translator) ready(families []netip.Addr) (*listenerv3.Listener, error) 
 	if err != nil {
 		return nil, err
 	}
-	l := t.socketListener(ReadyListener, redirect.HealthPort, families)
+	l := t.socketListener(ReadyListener, xds.PortHealth, families)
 	l.DefaultFilterChain = &listenerv3.FilterChain{Name: httpChain, Filters: []*listenerv3.Filter{filter}}
 	return l, nil
 }

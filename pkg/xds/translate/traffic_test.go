@@ -16,7 +16,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/xds"
 	"github.com/sluicemesh/sluice/pkg/xds/translate"
 	"github.com/sluicemesh/sluice/tests/envoytest"
@@ -347,13 +346,13 @@ func TestTraffic(t *testing.T) {
 	})
 	t.Run("own ports", func(t *testing.T) {
 		for _, a := range e.pod.Addrs() {
-			for _, port := range []uint16{redirect.OutboundPort, redirect.InboundPort} {
+			for _, port := range []uint16{xds.PortOutbound, xds.PortInbound} {
 				b, err := io.ReadAll(e.dial(t, netip.AddrPortFrom(a, port).String()))
 				if len(b) > 0 || errors.Is(err, context.DeadlineExceeded) {
 					t.Errorf("%s:%d: read %q, %v; want the end", a, port, b, err)
 				}
 			}
-			url := "http://" + netip.AddrPortFrom(a, redirect.HealthPort).String()
+			url := "http://" + netip.AddrPortFrom(a, xds.PortHealth).String()
 			for path, want := range map[string]int{"/healthz/ready": 200, "/": 404} {
 				if status, _, _ := e.get(t, e.client(t, false), url+path); status != want {
 					t.Errorf("%s%s: status %d, want %d", url, path, status, want)
@@ -383,9 +382,12 @@ func (e *env) traffic(t *testing.T, family int) {
 			http2 bool
 			want  string
 		}{
-			{portHTTP, false, "v1 HTTP/1.1"}, {portHTTP, true, "v1 HTTP/2.0"},
-			{portAuto, false, "HTTP/1.1"}, {portAuto, true, "HTTP/2.0"},
-			{portHTTP2, false, "HTTP/2.0"}, {portHTTP2, true, "HTTP/2.0"},
+			{portHTTP, false, "v1 HTTP/1.1"},
+			{portHTTP, true, "v1 HTTP/2.0"},
+			{portAuto, false, "HTTP/1.1"},
+			{portAuto, true, "HTTP/2.0"},
+			{portHTTP2, false, "HTTP/2.0"},
+			{portHTTP2, true, "HTTP/2.0"},
 		} {
 			status, body, _ := e.get(t, e.client(t, tc.http2), "http://"+e.vip(family, tc.port)+"/")
 			if status != http.StatusOK || body != tc.want {
@@ -554,7 +556,7 @@ func TestNotReady(t *testing.T) {
 	if err != nil || status != http.StatusServiceUnavailable {
 		t.Errorf("/ready: %d %s, %v", status, body, err)
 	}
-	for _, port := range []uint16{redirect.OutboundPort, redirect.InboundPort, redirect.HealthPort} {
+	for _, port := range []uint16{xds.PortOutbound, xds.PortInbound, xds.PortHealth} {
 		c, err := ns.Dial(t.Context(), "tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
 			_ = c.Close()

@@ -113,8 +113,11 @@ func TestServiceBestEffort(t *testing.T) {
 func TestPodRefuses(t *testing.T) {
 	tr := newTranslator(t)
 	p := xds.Pod{Namespace: "shop", Name: "p", Addrs: families()[0].pods, Inbound: []xds.InboundPort{
-		{Port: 15006, Protocol: xds.ProtocolTCP}, {Port: 80, Protocol: xds.ProtocolHTTP}, {Port: 80, Protocol: xds.ProtocolTCP},
-		{Port: 80, Protocol: xds.ProtocolHTTP}, {Port: 81, Protocol: "x"},
+		{Port: 15006, Protocol: xds.ProtocolTCP},
+		{Port: 80, Protocol: xds.ProtocolHTTP},
+		{Port: 80, Protocol: xds.ProtocolTCP},
+		{Port: 80, Protocol: xds.ProtocolHTTP},
+		{Port: 81, Protocol: "x"},
 	}}
 	rs, err := tr.Pod(p)
 	checkErrors(t, err, []string{"port 15006 of pod shop/p", "port 80 of pod shop/p: protocol tcp", `port 81 of pod shop/p: protocol "x"`})
