@@ -346,7 +346,9 @@ func attach(p *podwatch.Pod) cniapi.Attachment {
 
 func mustAdd(t *testing.T, n *testNode, at cniapi.Attachment) {
 	t.Helper()
-	if err := n.Add(t.Context(), at); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := n.Add(ctx, at); err != nil {
 		t.Fatalf("Add: %v", err)
 	}
 }
