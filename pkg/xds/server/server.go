@@ -42,8 +42,8 @@ type Options struct {
 	Empty func(typeURL, name string) (xds.Resource, bool)
 }
 
-// A PodID names a pod.
-type PodID struct {
+// A Pod names a pod and says what it sees.
+type Pod struct {
 	UID, Namespace, Name string
 	// Base is the owner, one that begins with "base/", whose resources the
 	// pod sees beside those of the owners that are no base. Empty means none.
@@ -53,7 +53,7 @@ type PodID struct {
 // A pod is what is known of one pod.
 type pod struct {
 	s         *Server
-	ID        PodID
+	ID        Pod
 	present   bool // SetPod was called
 	own, base *layer
 	streams   map[*stream]struct{}
@@ -120,8 +120,15 @@ func (s *Server) Run(ctx context.Context) error {
 	return nil
 }
 
-// Collectors returns the server's metrics, for registration once.
-func (s *Server) Collectors() []prometheus.Collector { return s.metrics.all }
+// Register registers the server's metrics.
+func (s *Server) Register(r prometheus.Registerer) error {
+	for _, c := range s.metrics.all {
+		if err := r.Register(c); err != nil {
+			return fmt.Errorf("register metrics of the xDS server: %w", err)
+		}
+	}
+	return nil
+}
 
 // SetReady says that everything was set for the first time.
 func (s *Server) SetReady() {
@@ -132,7 +139,7 @@ func (s *Server) SetReady() {
 }
 
 // SetShared replaces what owner contributes to all pods of the node, or, if
-// owner begins with "base/", to those that name it in their PodID. No
+// owner begins with "base/", to those that name it in their Pod. No
 // resources remove the owner. since is the time of the event at the source
 // that led here.
 //
@@ -153,7 +160,7 @@ func (s *Server) SetShared(owner string, res []xds.Resource, since time.Time) {
 
 // SetPod makes the pod known and replaces its private resources, which hide
 // shared ones of the same type and name.
-func (s *Server) SetPod(id PodID, res []xds.Resource, since time.Time) {
+func (s *Server) SetPod(id Pod, res []xds.Resource, since time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sweep()
@@ -201,7 +208,7 @@ func (s *Server) RemovePod(uid string) {
 func (s *Server) pod(uid string) *pod {
 	p := s.pods[uid]
 	if p == nil {
-		p = &pod{s: s, ID: PodID{UID: uid}, own: newLayer(), base: s.store.base(""), streams: map[*stream]struct{}{}, rejected: map[key]Rejection{}}
+		p = &pod{s: s, ID: Pod{UID: uid}, own: newLayer(), base: s.store.base(""), streams: map[*stream]struct{}{}, rejected: map[key]Rejection{}}
 		s.pods[uid] = p
 	}
 	return p
@@ -210,7 +217,7 @@ func (s *Server) pod(uid string) *pod {
 // forget drops a pod that is neither known nor connected.
 func (s *Server) forget(p *pod) {
 	if !p.present && len(p.streams) == 0 {
-		s.store.sweep(p.own, everything())
+		s.store.sweep(p.own, everything(), time.Now())
 		delete(s.pods, p.ID.UID)
 	}
 }
@@ -255,7 +262,7 @@ func everything() (seen [numTypes]uint64) {
 
 // sweep forgets tombstones that all streams have seen.
 func (s *Server) sweep() {
-	all := everything()
+	all, at := everything(), time.Now().Add(-s.opts.RemoveTimeout)
 	for _, p := range s.pods {
 		seen := everything()
 		for st := range p.streams {
@@ -268,27 +275,29 @@ func (s *Server) sweep() {
 		for t := range seen {
 			all[t] = min(all[t], seen[t])
 		}
-		s.store.sweep(p.own, seen)
+		s.store.sweep(p.own, seen, at)
 	}
-	s.store.sweep(s.store.shared, all)
+	s.store.sweep(s.store.shared, all, at)
 	for _, l := range s.store.bases {
-		s.store.sweep(l, all)
+		s.store.sweep(l, all, at)
 	}
 }
 
 // accept notes that a pod has accepted a version.
-func (s *Server) accept(t int, name string, v *version, now time.Time) {
+func (s *Server) accept(t int, v *version, now time.Time) {
 	lifted := v.quarantined()
 	v.accepted = true
-	if !lifted {
+	sl := v.slot
+	if sl == nil {
 		return
 	}
-	for l := range s.layers {
-		if sl := l.types[t].slots[name]; sl != nil && sl.cur == v {
-			s.store.gen++
-			s.store.touch(l, t, sl, s.store.gen, time.Time{}, now)
-			s.wake(s.streams)
-		}
+	if sl.cur != v && sl.good == nil {
+		sl.good = v // accepted after it was replaced
+	}
+	if lifted && sl.cur == v {
+		s.store.gen++
+		s.store.touch(sl.layer, t, sl, s.store.gen, time.Time{}, now)
+		s.wake(s.streams)
 	}
 }
 
@@ -426,8 +435,10 @@ func (a ads) DeltaAggregatedResources(g grpc.BidiStreamingServer[discovery.Delta
 }
 
 func deltaResponse(fl *flight) *discovery.DeltaDiscoveryResponse {
-	resp := &discovery.DeltaDiscoveryResponse{TypeUrl: typeURLs[fl.t], Nonce: fl.nonce, RemovedResources: fl.removed,
-		Resources: make([]*discovery.Resource, len(fl.items)), ControlPlane: &core.ControlPlane{Identifier: "sluice"}}
+	resp := &discovery.DeltaDiscoveryResponse{
+		TypeUrl: typeURLs[fl.t], Nonce: fl.nonce, RemovedResources: fl.removed,
+		Resources: make([]*discovery.Resource, len(fl.items)), ControlPlane: &core.ControlPlane{Identifier: "sluice"},
+	}
 	for i := range fl.items {
 		resp.Resources[i] = fl.items[i].v.res
 	}
@@ -448,8 +459,10 @@ func (a ads) StreamAggregatedResources(g grpc.BidiStreamingServer[discovery.Disc
 }
 
 func worldResponse(fl *flight) *discovery.DiscoveryResponse {
-	resp := &discovery.DiscoveryResponse{TypeUrl: typeURLs[fl.t], Nonce: fl.nonce, VersionInfo: fl.version,
-		ControlPlane: &core.ControlPlane{Identifier: "sluice"}}
+	resp := &discovery.DiscoveryResponse{
+		TypeUrl: typeURLs[fl.t], Nonce: fl.nonce, VersionInfo: fl.version,
+		ControlPlane: &core.ControlPlane{Identifier: "sluice"},
+	}
 	for _, v := range fl.all {
 		resp.Resources = append(resp.Resources, v.res.GetResource())
 	}
@@ -574,7 +587,7 @@ type Rejection struct {
 
 // A PodStatus says how far one pod is.
 type PodStatus struct {
-	ID PodID
+	Pod Pod
 	// Known is set once SetPod was called.
 	Known bool
 	// Streams is the number of the pod's streams.
@@ -607,7 +620,7 @@ func (s *Server) Status() []PodStatus {
 	defer s.mu.Unlock()
 	var all []PodStatus
 	for _, p := range s.pods {
-		ps := PodStatus{ID: p.ID, Known: p.present, Streams: len(p.streams)}
+		ps := PodStatus{Pod: p.ID, Known: p.present, Streams: len(p.streams)}
 		var newest *stream
 		for st := range p.streams {
 			if newest == nil || st.started.After(newest.started) {
@@ -632,6 +645,6 @@ func (s *Server) Status() []PodStatus {
 		})
 		all = append(all, ps)
 	}
-	slices.SortFunc(all, func(a, b PodStatus) int { return cmp.Compare(a.ID.UID, b.ID.UID) })
+	slices.SortFunc(all, func(a, b PodStatus) int { return cmp.Compare(a.Pod.UID, b.Pod.UID) })
 	return all
 }

@@ -39,6 +39,7 @@ const quorum = 2
 type version struct {
 	// res is shared by all responses; marshalling reads it only.
 	res      *discovery.Resource
+	slot     *slot // nil for what Options.Empty made
 	accepted bool
 	// rejected is by pod UID and nil as long as nobody rejected it.
 	rejected map[string]Rejection
@@ -65,11 +66,12 @@ type claim struct {
 // A slot is the place of one resource in a layer. It stays for a while after
 // the resource has gone (a tombstone), until all streams have seen that.
 type slot struct {
-	node *node
+	layer *layer
+	node  *node
 	// claims are sorted by owner; the first one counts.
 	claims []claim
 	// cur is nil in a tombstone. good is the last version before cur that a
-	// pod accepted, nil if there was none.
+	// pod accepted (before a tombstone: that none rejected), nil if there was none.
 	cur, good *version
 	gen       uint64    // when cur changed
 	since     time.Time // time of the event that changed cur
@@ -226,8 +228,10 @@ func (st *store) put(l *layer, owner string, res []xds.Resource, since, now time
 		switch {
 		case !found:
 			sl.claims = slices.Insert(sl.claims, i, claim{owner, newVersion(r)})
+			sl.claims[i].v.slot = sl
 		case sl.claims[i].v.res.GetVersion() != r.Version:
 			sl.claims[i].v = newVersion(r)
+			sl.claims[i].v.slot = sl
 		}
 		if len(sl.claims) > 1 {
 			clashes = append(clashes, r.TypeURL+" "+r.Name)
@@ -257,7 +261,7 @@ func (st *store) slot(l *layer, t int, name string) *slot {
 	sl := l.types[t].slots[name]
 	if sl == nil {
 		nd := st.names[t].hold(name)
-		sl = &slot{node: nd}
+		sl = &slot{layer: l, node: nd}
 		sl.elem = l.types[t].log.PushFront(sl)
 		l.types[t].slots[nd.name] = sl
 	}
@@ -278,8 +282,8 @@ func (st *store) settle(l *layer, t int, sl *slot, gen uint64, since, now time.T
 		sl.claims[0].v = old // what pods said of it stays
 		return false
 	}
-	if old != nil && old.accepted {
-		sl.good = old
+	if old != nil && (old.accepted || v == nil && len(old.rejected) == 0) {
+		sl.good = old // of a tombstone for those who still need it
 	}
 	if v != nil && sl.good != nil && sl.good.res.GetVersion() == v.res.GetVersion() {
 		v = sl.good
@@ -314,13 +318,16 @@ func (st *store) cover(own *layer, t int, name string, gen uint64, now time.Time
 }
 
 // sweep forgets the tombstones of l that no stream needs: those of changes up
-// to seen[t].
-func (st *store) sweep(l *layer, seen [numTypes]uint64) {
+// to seen[t], not made after at.
+func (st *store) sweep(l *layer, seen [numTypes]uint64, at time.Time) {
 	for t := range l.types {
 		lt := &l.types[t]
 		n := 0
 		for ; n < len(lt.dead) && lt.dead[n].gen <= seen[t]; n++ {
 			sl := lt.dead[n].sl
+			if sl.gen == lt.dead[n].gen && sl.at.After(at) {
+				break
+			}
 			if sl.cur == nil && sl.gen == lt.dead[n].gen {
 				delete(lt.slots, sl.node.name)
 				lt.log.Remove(sl.elem)

@@ -12,6 +12,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/sluicemesh/sluice/pkg/xds"
 )
 
 const (
@@ -45,9 +47,9 @@ type flight struct {
 	// all is the whole set (state of the world only) and version its hash.
 	all     []*version
 	version string
-	// upd and rem are the cursors once the client has answered.
-	upd, rem uint64
-	sent     time.Time
+	// upd, whole and rem are the cursors once the client has answered.
+	upd, whole, rem uint64
+	sent            time.Time
 }
 
 // A redo is a resource to be sent, whatever the cursors say.
@@ -70,10 +72,11 @@ type sub struct {
 	fresh        bool
 	known        map[string]string
 	knownVersion string // state of the world
-	// The client has everything that changed up to upd, and has seen all
-	// removals up to rem.
-	upd, rem uint64
-	redo     map[string]redo
+	// The client has been sent everything that changed last at or before upd,
+	// and has seen all removals up to rem. Of what changed again after upd it
+	// may not have the change before: only up to whole it has it all.
+	upd, whole, rem uint64
+	redo            map[string]redo
 	// suspects are parts of a response that was rejected without a name;
 	// they are sent one by one.
 	suspects [][]string
@@ -84,6 +87,9 @@ type sub struct {
 	sent, acked, nacked uint64
 	lastAck             time.Time
 }
+
+// advance moves the cursors to where they are once fl was answered.
+func (sb *sub) advance(fl *flight) { sb.upd, sb.whole, sb.rem = fl.upd, fl.whole, fl.rem }
 
 // A stream is one client. The server's lock guards it.
 type stream struct {
@@ -165,6 +171,18 @@ func (p *pod) resolve(t int, name string) (v *version, gen uint64, exists bool) 
 	return v, gen, exists
 }
 
+// recent returns the tombstone of a name that went less than RemoveTimeout ago
+// and whose last version can still be had, or nil.
+func (p *pod) recent(t int, name string, now time.Time) *slot {
+	for _, l := range p.layers() {
+		if sl := l.types[t].slots[name]; sl != nil && sl.cur == nil && sl.good != nil && sl.good.usable(p.ID.UID) &&
+			now.Sub(sl.at) < p.s.opts.RemoveTimeout {
+			return sl
+		}
+	}
+	return nil
+}
+
 // last is the generation of the last change of a type that the pod sees.
 func (p *pod) last(t int) (gen uint64) {
 	for _, l := range p.layers() {
@@ -179,7 +197,7 @@ func (st *stream) settled(t int) uint64 {
 	if sb.fresh {
 		return 0
 	}
-	to := sb.upd
+	to := sb.whole
 	low := func(gen uint64) {
 		if gen > 0 {
 			to = min(to, gen-1)
@@ -201,8 +219,24 @@ func (st *stream) settled(t int) uint64 {
 	return to
 }
 
+// offered is the generation up to which all of a type was sent to the client.
+func (st *stream) offered(t int) uint64 {
+	sb := &st.subs[t]
+	switch {
+	case sb.flight != nil:
+		return sb.flight.upd
+	case sb.fresh:
+		return 0
+	}
+	return sb.upd
+}
+
 // limit is the generation up to which changes of t may be sent: all changes of
 // the types that t may refer to were answered up to there.
+//
+// Endpoints need the cluster's change to be sent only, not answered: Envoy
+// answers for clusters once they are warm, for which it needs the endpoints
+// (ClusterManagerImpl::updateClusterCounts).
 func (st *stream) limit(t int, now time.Time) uint64 {
 	sb := &st.subs[t]
 	if !sb.blocked.IsZero() && now.Sub(sb.blocked) >= st.s.opts.RemoveTimeout {
@@ -210,7 +244,11 @@ func (st *stream) limit(t int, now time.Time) uint64 {
 	}
 	limit := st.s.store.gen
 	for e := range t {
-		if st.subs[e].active {
+		switch {
+		case !st.subs[e].active:
+		case t == endpoints:
+			limit = min(limit, st.offered(e))
+		default:
 			limit = min(limit, st.settled(e))
 		}
 	}
@@ -258,7 +296,8 @@ func (st *stream) next(now time.Time) (*flight, error) {
 	if !st.s.ready || !st.pod.present {
 		return nil, nil
 	}
-	for t := range st.subs {
+	// Clusters come twice: whether they may go depends on the types after them.
+	for _, t := range [...]int{clusters, endpoints, listeners, routes, clusters} {
 		sb := &st.subs[t]
 		if fl := sb.flight; fl != nil {
 			if now.Sub(fl.sent) >= ackTimeout {
@@ -283,6 +322,14 @@ func (st *stream) next(now time.Time) (*flight, error) {
 	return nil, nil
 }
 
+// none is the resource that stands for a name that does not exist, if there is one.
+func (st *stream) none(t int, name string) (xds.Resource, bool) {
+	if st.s.opts.Empty == nil {
+		return xds.Resource{}, false
+	}
+	return st.s.opts.Empty(typeURLs[t], name)
+}
+
 // A batch gathers what goes into one response.
 type batch struct {
 	st      *stream
@@ -303,13 +350,11 @@ func (b *batch) once(name string) bool {
 
 // absent adds the answer for a name that does not exist, unless the client has it.
 func (b *batch) absent(name, have string) {
-	if b.st.has(b.t, name) && b.st.s.opts.Empty != nil {
-		if r, ok := b.st.s.opts.Empty(typeURLs[b.t], name); ok {
-			if have != r.Version {
-				b.fl.items = append(b.fl.items, item{name: name, v: newVersion(r), empty: true})
-			}
-			return
+	if r, ok := b.st.none(b.t, name); ok && b.st.has(b.t, name) {
+		if have != r.Version {
+			b.fl.items = append(b.fl.items, item{name: name, v: newVersion(r), empty: true})
 		}
+		return
 	}
 	b.fl.removed = append(b.fl.removed, name)
 }
@@ -317,7 +362,7 @@ func (b *batch) absent(name, have string) {
 // build gathers what the client shall have of t and has not, nil if nothing.
 func (st *stream) build(t int, now time.Time) *flight {
 	sb := &st.subs[t]
-	b := &batch{st: st, t: t, fl: &flight{upd: sb.upd, rem: sb.rem}, seen: map[string]bool{}, limit: st.limit(t, now)}
+	b := &batch{st: st, t: t, fl: &flight{upd: sb.upd, whole: sb.whole, rem: sb.rem}, seen: map[string]bool{}, limit: st.limit(t, now)}
 	for len(sb.suspects) > 0 {
 		group := sb.suspects[0]
 		sb.suspects = sb.suspects[1:]
@@ -355,7 +400,7 @@ func (st *stream) build(t int, now time.Time) *flight {
 		return b.world(must, now)
 	}
 	if len(b.fl.items)+len(b.fl.removed) == 0 && !must {
-		sb.upd, sb.rem = b.fl.upd, b.fl.rem
+		sb.advance(b.fl)
 		return nil
 	}
 	slices.SortFunc(b.fl.items, func(a, b item) int { return cmp.Compare(a.name, b.name) })
@@ -370,7 +415,7 @@ func (b *batch) everything(now time.Time) (must bool) {
 	st, sb, t := b.st, &b.st.subs[b.t], b.t
 	sb.fresh = false
 	gen := st.s.store.gen
-	b.fl.upd, b.fl.rem = gen, gen
+	b.fl.upd, b.fl.whole, b.fl.rem = gen, gen, gen
 	if !sb.wildcard {
 		return false
 	}
@@ -383,7 +428,7 @@ func (b *batch) everything(now time.Time) (must bool) {
 			switch {
 			case v == nil:
 			case sb.known[name] == v.res.GetVersion():
-				st.s.accept(t, name, v, now)
+				st.s.accept(t, v, now)
 			default:
 				b.fl.items = append(b.fl.items, item{name: name, v: v, gen: sl.gen})
 			}
@@ -391,7 +436,11 @@ func (b *batch) everything(now time.Time) (must bool) {
 	}
 	for name := range sb.known {
 		if _, _, exists := st.pod.resolve(t, name); !exists {
-			sb.redo[name] = redo{gen: gen, at: now}
+			r := redo{gen: gen, at: now}
+			if t == listeners {
+				r.at = time.Time{} // nothing refers to a listener
+			}
+			sb.redo[name] = r
 		}
 	}
 	must = len(sb.known) == 0 && sb.knownVersion == ""
@@ -399,16 +448,27 @@ func (b *batch) everything(now time.Time) (must bool) {
 	return must
 }
 
+// hidden says whether a layer above has the name.
+func hidden(above []*layer, t int, name string) bool {
+	for _, l := range above {
+		if sl := l.types[t].slots[name]; sl != nil && sl.cur != nil {
+			return true
+		}
+	}
+	return false
+}
+
 // updates walks the log from its end to what the client has.
 func (b *batch) updates() {
 	st, sb, t := b.st, &b.st.subs[b.t], b.t
-	for _, l := range st.pod.layers() {
+	layers := st.pod.layers()
+	for i, l := range layers {
 		for e := l.types[t].log.Back(); e != nil; e = e.Prev() {
 			sl := e.Value.(*slot)
 			if sl.gen <= sb.upd {
 				break
 			}
-			if !sb.wildcard && !sb.names.has(sl.node.num) {
+			if !sb.wildcard && !sb.names.has(sl.node.num) || hidden(layers[:i], t, sl.node.name) {
 				continue
 			}
 			if sl.gen > b.limit {
@@ -433,6 +493,9 @@ func (b *batch) updates() {
 		}
 	}
 	b.fl.upd = max(sb.upd, min(st.s.store.gen, b.limit))
+	if !b.blocked {
+		b.fl.whole = b.fl.upd
+	}
 	if t == listeners {
 		b.fl.rem = b.fl.upd
 	}
@@ -481,7 +544,7 @@ func (b *batch) again(now time.Time) {
 		switch {
 		case !b.once(name):
 		case v != nil && r.have == v.res.GetVersion():
-			st.s.accept(t, name, v, now)
+			st.s.accept(t, v, now)
 		case v != nil && gen > b.limit:
 			b.blocked = true
 			continue
@@ -489,6 +552,15 @@ func (b *batch) again(now time.Time) {
 			b.fl.items = append(b.fl.items, item{name: name, v: v, gen: gen})
 		case exists && !st.has(t, name):
 			// Rejected in all versions that there are; the client keeps what it has.
+		case t == endpoints && !exists && r.at.IsZero() && st.has(t, name) && st.pod.recent(t, name, now) != nil:
+			// They have just gone, and what refers to them may still be in use.
+			sl := st.pod.recent(t, name, now)
+			if sl.good.res.GetVersion() != r.have {
+				b.fl.items = append(b.fl.items, item{name: name, v: sl.good})
+			}
+			sb.redo[name] = redo{at: sl.at}
+			st.until(sl.at.Add(st.s.opts.RemoveTimeout))
+			continue
 		case exists || r.at.IsZero() || st.released(t, r.gen, r.at, now):
 			b.absent(name, r.have)
 		default:
@@ -511,7 +583,7 @@ func (b *batch) world(must bool, now time.Time) *flight {
 			sb.redo[name] = redo{}
 		}
 		sb.fresh = sb.fresh || must
-		sb.upd, sb.rem = fl.upd, fl.rem
+		sb.advance(fl)
 		return nil
 	}
 	var all []*version
@@ -519,8 +591,8 @@ func (b *batch) world(must bool, now time.Time) *flight {
 		switch v, _, exists := st.pod.resolve(b.t, name); {
 		case v != nil:
 			all = append(all, v)
-		case !exists && st.has(b.t, name) && st.s.opts.Empty != nil:
-			if r, ok := st.s.opts.Empty(typeURLs[b.t], name); ok {
+		case !exists && st.has(b.t, name):
+			if r, ok := st.none(b.t, name); ok {
 				all = append(all, newVersion(r))
 			}
 		}
@@ -554,10 +626,10 @@ func (b *batch) world(must bool, now time.Time) *flight {
 	if len(fl.items)+len(fl.removed) == 0 && !must || known == fl.version {
 		if known == fl.version {
 			for _, v := range all {
-				st.s.accept(b.t, v.res.GetName(), v, now)
+				st.s.accept(b.t, v, now)
 			}
 		}
-		sb.upd, sb.rem = fl.upd, fl.rem
+		sb.advance(fl)
 		return nil
 	}
 	return fl
@@ -579,14 +651,14 @@ func (st *stream) answer(t int, nonce string, nack *string, now time.Time) {
 		return
 	}
 	sb.flight = nil
-	sb.upd, sb.rem = fl.upd, fl.rem
+	sb.advance(fl)
 	if nack == nil {
 		sb.acked++
 		sb.lastAck = now
 		st.s.metrics.acks[t].Inc()
 		for i := range fl.items {
 			it := &fl.items[i]
-			st.s.accept(t, it.name, it.v, now)
+			st.s.accept(t, it.v, now)
 			if !it.since.IsZero() {
 				st.s.metrics.latency[t].Observe(now.Sub(it.since).Seconds())
 			}
@@ -616,7 +688,7 @@ func (st *stream) answer(t int, nonce string, nack *string, now time.Time) {
 	case named && (t == clusters || t == listeners):
 		// Envoy has applied the others one by one.
 		for _, it := range byName {
-			st.s.accept(t, it.name, it.v, now)
+			st.s.accept(t, it.v, now)
 		}
 	case len(bad) > 0:
 		for name, it := range byName {
