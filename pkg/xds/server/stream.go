@@ -204,7 +204,11 @@ func (st *stream) settled(t int) uint64 {
 		}
 	}
 	for _, r := range sb.redo {
-		if r.at.IsZero() {
+		switch {
+		case !r.at.IsZero():
+		case r.have != "":
+			return 0 // how old that is nobody knows
+		default:
 			low(r.gen)
 		}
 	}
@@ -367,8 +371,15 @@ func (st *stream) build(t int, now time.Time) *flight {
 		group := sb.suspects[0]
 		sb.suspects = sb.suspects[1:]
 		for _, name := range group {
-			if v, gen, _ := st.pod.resolve(t, name); v != nil {
-				b.fl.items = append(b.fl.items, item{name: name, v: v, gen: gen})
+			v, gen, _ := st.pod.resolve(t, name)
+			if v == nil {
+				continue
+			}
+			b.fl.items = append(b.fl.items, item{name: name, v: v, gen: gen})
+			if t == clusters && st.has(endpoints, name) {
+				// They may have gone out already, but Envoy needs them after the cluster.
+				_, gen, _ := st.pod.resolve(endpoints, name)
+				st.subs[endpoints].redo[name] = redo{gen: gen}
 			}
 		}
 		if len(b.fl.items) > 0 {
