@@ -63,7 +63,7 @@ func emptyProto(typeURL, name string) (xds.Resource, bool) {
 	return xds.Resource{}, false
 }
 
-func ads2() *core.ConfigSource {
+func overADS() *core.ConfigSource {
 	return &core.ConfigSource{
 		ResourceApiVersion:    core.ApiVersion_V3,
 		ConfigSourceSpecifier: &core.ConfigSource_Ads{Ads: &core.AggregatedConfigSource{}},
@@ -81,7 +81,7 @@ func edsCluster(name string, timeout time.Duration) *cluster.Cluster {
 	return &cluster.Cluster{
 		Name: name, ConnectTimeout: durationpb.New(timeout),
 		ClusterDiscoveryType: &cluster.Cluster_Type{Type: cluster.Cluster_EDS},
-		EdsClusterConfig:     &cluster.Cluster_EdsClusterConfig{EdsConfig: ads2()},
+		EdsClusterConfig:     &cluster.Cluster_EdsClusterConfig{EdsConfig: overADS()},
 	}
 }
 
@@ -100,7 +100,7 @@ func httpListener(name string, port uint32) *listener.Listener {
 	}
 	manager, err := anypb.New(&hcm.HttpConnectionManager{
 		StatPrefix:     "test",
-		RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{ConfigSource: ads2(), RouteConfigName: name}},
+		RouteSpecifier: &hcm.HttpConnectionManager_Rds{Rds: &hcm.Rds{ConfigSource: overADS(), RouteConfigName: name}},
 		HttpFilters:    []*hcm.HttpFilter{{Name: "router", ConfigType: &hcm.HttpFilter_TypedConfig{TypedConfig: filter}}},
 	})
 	if err != nil {
