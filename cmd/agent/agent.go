@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/sluicemesh/sluice/pkg/podwatch"
@@ -55,7 +54,8 @@ type agent struct {
 	setPodAddrs func(namespace, name string, addrs []netip.Addr)
 
 	calls chan func()
-	ready atomic.Bool
+	// started is closed once the source was read and all was done about it.
+	started chan struct{}
 
 	// Owned by the goroutine of Run.
 	boxes *sandboxes
@@ -100,7 +100,7 @@ func (a *agent) Run(ctx context.Context) error {
 		case f := <-a.calls:
 			f()
 		case <-heal.C:
-			if a.ready.Load() {
+			if a.ready() {
 				a.heal(ctx)
 			}
 		}
@@ -119,6 +119,15 @@ func (a *agent) watch(ctx context.Context, changed chan<- podwatch.Batch) {
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+func (a *agent) ready() bool {
+	select {
+	case <-a.started:
+		return true
+	default:
+		return false
 	}
 }
 
@@ -160,14 +169,17 @@ func (a *agent) start(ctx context.Context) error {
 	a.applyServices(keys, now)
 	a.heal(ctx)
 	a.sidecars.SetReady()
-	a.ready.Store(true)
+	close(a.started)
 	a.log.Info("node is in the desired state", "services", len(keys), "sandboxes", len(a.boxes.byID))
 	return nil
 }
 
 // heal brings every sandbox of the node, and nothing else, to be redirected as
-// wanted, whatever the kernel has now.
+// wanted, whatever the kernel has now. What an earlier agent installed for a pod
+// stays while it cannot be told what the pod wants: else a bad annotation and a
+// restart would lead the pod's traffic past its proxy.
 func (a *agent) heal(ctx context.Context) {
+	var keep []redirect.ID
 	for _, box := range a.boxes.all() {
 		if inode, err := netns.Inode(box.Netns); errors.Is(err, redirect.ErrGone) || err == nil && inode != box.NetnsInode {
 			a.forget(ctx, box)
@@ -175,6 +187,7 @@ func (a *agent) heal(ctx context.Context) {
 		}
 		if err := a.applyPod(ctx, box, time.Now()); err != nil {
 			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
+			keep = append(keep, redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode})
 		}
 	}
 	var want []redirect.Workload
@@ -183,7 +196,7 @@ func (a *agent) heal(ctx context.Context) {
 			want = append(want, *s.workload)
 		}
 	}
-	if err := redirect.Reconcile(ctx, a.redirector, want); err != nil {
+	if err := redirect.Reconcile(ctx, a.redirector, want, keep); err != nil {
 		a.log.Error("redirection differs from what is wanted", "err", err)
 		a.problem("redirection", err)
 		return
@@ -317,7 +330,8 @@ func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) (err
 	// What could be translated takes effect; nothing at all is not served.
 	var resources []xds.Resource
 	if resources, partly = a.translator.Pod(sidecar); len(resources) == 0 && partly != nil {
-		return fmt.Errorf("translate pod %s: %w", workload.Pod, partly)
+		err, partly = fmt.Errorf("translate pod %s: %w", workload.Pod, partly), nil
+		return err
 	}
 	a.sidecars.SetPod(server.Pod{
 		UID: sidecar.UID, Namespace: sidecar.Namespace, Name: sidecar.Name, Base: baseOwner(sidecar.OutboundPolicy),

@@ -22,7 +22,7 @@ func (a *agent) Add(ctx context.Context, at cniapi.Attachment) error {
 		return nil
 	}
 	select {
-	case <-a.store.Synced():
+	case <-a.started:
 	case <-ctx.Done():
 		return errors.New("the agent has not read its source yet; see /readyz of the agent")
 	}
@@ -148,7 +148,7 @@ func (a *agent) GC(ctx context.Context, network string, valid []cniapi.Attachmen
 
 // Status implements cniapi.Handler.
 func (a *agent) Status(context.Context) error {
-	if !a.ready.Load() {
+	if !a.ready() {
 		return errors.New("the agent has not read its source yet; see /readyz of the agent")
 	}
 	return nil

@@ -210,7 +210,7 @@ func newNode(t *testing.T) *testNode {
 				}
 			})
 		},
-		calls: make(chan func()), boxes: boxes, pods: map[string]*podState{},
+		calls: make(chan func()), started: make(chan struct{}), boxes: boxes, pods: map[string]*podState{},
 		fed: map[podwatch.Key][]podwatch.Key{}, problems: map[string]string{},
 	}}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -664,6 +664,40 @@ func TestBeforeTheSourceIsRead(t *testing.T) {
 }
 
 // A mistake in an annotation does not take a running pod's redirection away.
+// TestRestartWithABadAnnotation: what an earlier agent installed for a pod stays
+// while its annotations cannot be read, and what nobody asks for goes.
+func TestRestartWithABadAnnotation(t *testing.T) {
+	inode, err := netns.Inode(ownNetns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNode(t)
+	kept := redirect.Installed{ID: redirect.ID{PodUID: "uid-web", NetnsInode: inode}, Pod: "shop/web"}
+	stray := redirect.Installed{ID: redirect.ID{PodUID: "uid-gone", NetnsInode: inode}, Pod: "shop/gone"}
+	n.j.note("an earlier agent", func() {
+		n.j.installed[kept.ID], n.j.installed[stray.ID] = kept, stray
+	})
+	err = n.call(t.Context(), func() error {
+		return n.boxes.put(sandbox{
+			ContainerID: "c-web", Namespace: "shop", Name: "web", PodUID: "uid-web", Netns: ownNetns, NetnsInode: inode,
+			Attachments: map[string]attachment{"eth0": {Interfaces: []cniapi.Interface{{Name: "eth0", Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}}}}},
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.update(shop(), newPod("shop", "web", "sluice.dev/exclude-outbound-ports", "9o90"))
+	n.store.SetSynced()
+	n.settle(t, "ready")
+	installed, err := n.redirector.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]redirect.Installed{kept}, installed); diff != "" {
+		t.Errorf("installed after the restart, -want +got:\n%s", diff)
+	}
+}
+
 func TestBadAnnotationOnARunningPod(t *testing.T) {
 	web := newPod("shop", "web", "sluice.dev/exclude-outbound-ports", "9090")
 	n := readyNode(t, shop(), web)

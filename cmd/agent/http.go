@@ -83,7 +83,7 @@ func (a *agent) alive(ctx context.Context) error {
 // less ready: they are named, and all else goes on.
 func (a *agent) checks(backend, backendReason string, sourceProblems []string) []check {
 	source := check{name: "source", detail: "read completely"}
-	if !a.ready.Load() {
+	if !a.ready() {
 		source = check{name: "source", err: errors.New("not read completely yet")}
 	}
 	redirection := check{name: "redirection", detail: "backend " + backend}

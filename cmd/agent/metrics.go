@@ -110,7 +110,7 @@ func (n *nodeMetrics) Collect(ch chan<- prometheus.Metric) {
 	gauge(n.objects, float64(len(problems)))
 	gauge(n.documents, float64(n.problems()))
 	ready := 0.0
-	if n.agent.ready.Load() {
+	if n.agent.ready() {
 		ready = 1
 	}
 	gauge(n.ready, ready)

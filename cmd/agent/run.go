@@ -71,7 +71,7 @@ func runAgent(ctx context.Context, e env, args []string) (err error) {
 			redirectDefault: redirect.DefaultPolicy(), excluded: c.excludeNamespaces,
 		},
 		redirector: chosen, translator: translator, sidecars: sidecars, setPodAddrs: files.SetPodAddrs,
-		calls: make(chan func()),
+		calls: make(chan func()), started: make(chan struct{}),
 		boxes: boxes, pods: map[string]*podState{}, fed: map[podwatch.Key][]podwatch.Key{},
 		problems: map[string]string{},
 	}

@@ -10,9 +10,9 @@ import (
 
 // Reconcile brings r from what it has to exactly want: what is absent or not
 // whole or different is added, what is not wanted is removed, the rest is not
-// touched. It goes on after an error with one workload and returns all of them
+// touched, nor what is installed under an ID in keep. It goes on after an error with one workload and returns all of them
 // joined. Workloads whose namespace is gone are skipped without an error.
-func Reconcile(ctx context.Context, r Redirector, want []Workload) error {
+func Reconcile(ctx context.Context, r Redirector, want []Workload, keep []ID) error {
 	installed, err := r.List(ctx)
 	if err != nil {
 		return fmt.Errorf("list installed workloads: %w", err)
@@ -36,7 +36,7 @@ func Reconcile(ctx context.Context, r Redirector, want []Workload) error {
 		}
 	}
 	for _, i := range installed {
-		if _, unwanted := have[i.ID]; !unwanted {
+		if _, unwanted := have[i.ID]; !unwanted || slices.Contains(keep, i.ID) {
 			continue
 		}
 		if err := r.Remove(ctx, i.ID); err != nil {

@@ -513,7 +513,7 @@ func TestUninstallLeavesNothing(t *testing.T) {
 		}
 
 		n.killAgent()
-		out, err := exec.Command(filepath.Join(n.bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir()).CombinedOutput()
+		out, err := exec.Command(filepath.Join(n.bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket()).CombinedOutput()
 		if err != nil {
 			t.Fatalf("uninstall: %v\n%s", err, out)
 		}

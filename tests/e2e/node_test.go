@@ -122,7 +122,7 @@ func newNode(t *testing.T, backend string) *node {
 			log, _ := os.ReadFile(n.log)
 			t.Logf("agent logged:\n%s", log)
 		}
-		out, err := exec.Command(filepath.Join(bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir()).CombinedOutput()
+		out, err := exec.Command(filepath.Join(bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket()).CombinedOutput()
 		if err != nil {
 			t.Errorf("uninstall: %v\n%s", err, out)
 		}

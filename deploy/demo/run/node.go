@@ -47,7 +47,7 @@ type node struct {
 // kernelFlags are the flags that tell run and uninstall where the demo's agent
 // keeps what outlives it.
 func kernelFlags() []string {
-	flags := []string{"--state-dir", agentState, "--pin-dir", pinDir}
+	flags := []string{"--state-dir", agentState, "--pin-dir", pinDir, "--cni-socket", cniSocket}
 	if dir, err := cgroupDir(); err == nil {
 		flags = append(flags, "--cgroup", dir)
 	}
@@ -169,7 +169,7 @@ func (n *node) setUpCNI() (err error) {
 func (n *node) startAgent(ctx context.Context) (err error) {
 	argv := append([]string{
 		n.o.bin + "/sluice-agent", "run", "--source", "files:" + manifestDir, "--backend", n.o.backend,
-		"--cni-socket", cniSocket, "--http-addr", agentAddr, "--node", "demo",
+		"--http-addr", agentAddr, "--node", "demo",
 	}, kernelFlags()...)
 	if n.agent, err = spawn("agent", argv...); err != nil {
 		return err
