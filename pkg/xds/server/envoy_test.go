@@ -26,7 +26,6 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 
-	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/pkg/xds"
 	"github.com/sluicemesh/sluice/tests/envoytest"
 	"github.com/sluicemesh/sluice/tests/need"
@@ -203,11 +202,13 @@ func ask(ctx context.Context, ns netnstest.Namespace, port uint32) string {
 	return string(b)
 }
 
+func inNetns(path string, f func() error) error { return netnstest.Namespace{Netns: path}.Do(f) }
+
 // startReal runs a server for the pod in ns, with two services.
 func startReal(t *testing.T, ns netnstest.Namespace, set func(*rig)) *rig {
 	t.Helper()
 	r := &rig{t: t, logs: &logs{}}
-	s, err := New(Options{Log: slog.New(slog.NewTextHandler(r.logs, nil)), Empty: emptyProto, InNetns: netns.Do})
+	s, err := New(Options{Log: slog.New(slog.NewTextHandler(r.logs, nil)), Empty: emptyProto, InNetns: inNetns})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -175,7 +175,7 @@ func (k *socket) admit(uc *net.UnixConn) *conn {
 	cred, err := peer(uc)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	reason := ""
+	var reason string
 	switch {
 	case err != nil || cred.Uid != k.proxyUID:
 		reason = "uid"

@@ -806,7 +806,7 @@ func TestNamesAreBounded(t *testing.T) {
 			break
 		}
 	}
-	for range c.in { //nolint:revive // until the stream ends
+	for range c.in { // until the stream ends
 	}
 	if status.Code(c.err) != codes.ResourceExhausted {
 		t.Errorf("stream ended with %v", c.err)
