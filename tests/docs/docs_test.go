@@ -1,0 +1,88 @@
+package docs
+
+import (
+	"bytes"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/sluicemesh/sluice/tests/need"
+)
+
+// files returns the repository's files with that ending; what is built or
+// fetched is left out.
+func files(t *testing.T, ending string) []string {
+	t.Helper()
+	var found []string
+	err := filepath.WalkDir(need.Repo(t), func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() && slices.Contains([]string{".git", ".tools", "bin"}, d.Name()) {
+			return fs.SkipDir
+		}
+		if !d.IsDir() && strings.HasSuffix(path, ending) {
+			found = append(found, path)
+		}
+		return nil
+	})
+	if err != nil || len(found) == 0 {
+		t.Fatalf("find *%s: %d found, %v", ending, len(found), err)
+	}
+	return found
+}
+
+func read(t *testing.T, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// TestNamedTestsExist: a document may not lean on a test that is not there.
+func TestNamedTestsExist(t *testing.T) {
+	var code []byte
+	for _, path := range files(t, "_test.go") {
+		code = append(code, read(t, path)...)
+	}
+	name := regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*`)
+	checked := 0
+	for _, path := range files(t, ".md") {
+		for _, n := range name.FindAllString(string(read(t, path)), -1) {
+			checked++
+			if !bytes.Contains(code, []byte("func "+n+"(")) {
+				t.Errorf("%s names %s, which is nowhere", filepath.Base(path), n)
+			}
+		}
+	}
+	if checked < 50 {
+		t.Errorf("%d names of tests found in the documents: the failure table has more", checked)
+	}
+}
+
+// TestLinksLeadSomewhere follows the relative links of all documents.
+func TestLinksLeadSomewhere(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	checked := 0
+	for _, path := range files(t, ".md") {
+		for _, m := range link.FindAllStringSubmatch(string(read(t, path)), -1) {
+			target, _, _ := strings.Cut(m[1], "#")
+			if target == "" || strings.Contains(target, "://") {
+				continue
+			}
+			checked++
+			if _, err := os.Stat(filepath.Join(filepath.Dir(path), target)); err != nil {
+				t.Errorf("%s links to %s: %v", filepath.Base(path), m[1], err)
+			}
+		}
+	}
+	if checked < 5 {
+		t.Errorf("%d links found in the documents: README alone has more", checked)
+	}
+}
