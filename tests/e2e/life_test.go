@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -26,6 +25,7 @@ import (
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
 
+	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
@@ -454,6 +454,50 @@ func TestXDSSocketIsTheProxysAlone(t *testing.T) {
 	}
 }
 
+// TestFallback: on a node that cannot have eBPF, `auto` takes iptables, says why
+// once in the log, in /readyz and in a metric, and everything works.
+func TestFallback(t *testing.T) {
+	need.Tool(t, "unshare")
+	n := newNode(t, "auto")
+	n.killAgent()
+	n.uninstall(t)
+	n.service(t, "server", vip4, vip6, serverPorts)
+	server, client := n.sandbox(t, "server"), n.sandbox(t, "client")
+	// A mount namespace without cgroup v2. What is mounted later does not show
+	// in it, so the sandboxes are there already.
+	n.wrap = []string{"unshare", "--mount", "--propagation", "slave", "sh", "-c", `umount --lazy --all --types cgroup2 && exec "$@"`, "sh"}
+	n.startAgent(t)
+	for _, p := range []*pod{server, client} {
+		n.apply(t, "pod-"+p.name+".yaml", n.podYAML(p.name, podSpec{}))
+		if err := p.add(t); err != nil {
+			t.Fatal(err)
+		}
+		p.startEnvoy(t)
+		defer p.del(t)
+	}
+	serve(t, server)
+	client.waitService(t, "server", 80, 1)
+	if code, body, _, err := fetch(client.httpClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
+		t.Errorf("answer %d %q, %v", code, body, err)
+	}
+	const reason = "cgroup v2 mounted: root of the cgroup v2 hierarchy is not mounted"
+	_, ready, err := n.get("/readyz")
+	if err != nil || !strings.Contains(ready, "backend iptables, since "+reason) {
+		t.Errorf("/readyz does not say why the backend is iptables, %v:\n%s", err, ready)
+	}
+	_, metrics, err := n.get("/metrics")
+	if err != nil || !strings.Contains(metrics, `sluice_backend_info{backend="iptables",reason="`+reason) {
+		t.Errorf("no metric says why the backend is iptables, %v", err)
+	}
+	log, err := os.ReadFile(n.log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if count := strings.Count(string(log), "falling back to iptables"); count != 1 {
+		t.Errorf("the log says %d times that it falls back, want once:\n%s", count, log)
+	}
+}
+
 // TestAgentDown: a pod cannot be added without the agent, and is told why.
 func TestAgentDown(t *testing.T) {
 	n := newNode(t, "auto")
@@ -513,10 +557,7 @@ func TestUninstallLeavesNothing(t *testing.T) {
 		}
 
 		n.killAgent()
-		out, err := exec.Command(filepath.Join(n.bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket()).CombinedOutput()
-		if err != nil {
-			t.Fatalf("uninstall: %v\n%s", err, out)
-		}
+		n.uninstall(t)
 		eventually(t, func() bool { return bare.Diff(state()) == "" }, func() string {
 			return "the pod is not as it was before, -before +after:\n" + bare.Diff(state())
 		})

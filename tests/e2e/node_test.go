@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -71,6 +72,7 @@ func eachBackend(t *testing.T, test func(t *testing.T, backend string)) {
 type node struct {
 	ns      netnstest.Namespace
 	backend string
+	wrap    []string // command that gets the agent's command line as its last arguments
 	bin     string
 	source  string // directory of the YAML
 	state   string
@@ -122,10 +124,7 @@ func newNode(t *testing.T, backend string) *node {
 			log, _ := os.ReadFile(n.log)
 			t.Logf("agent logged:\n%s", log)
 		}
-		out, err := exec.Command(filepath.Join(bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket()).CombinedOutput()
-		if err != nil {
-			t.Errorf("uninstall: %v\n%s", err, out)
-		}
+		n.uninstall(t)
 	})
 	n.startAgent(t)
 	return n
@@ -143,8 +142,9 @@ func (n *node) startAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _ = log.Close() }()
-	n.agent = exec.Command(filepath.Join(n.bin, "sluice-agent"), "run", "--source", "files:"+n.source, "--backend", n.backend,
+	argv := append(slices.Clone(n.wrap), filepath.Join(n.bin, "sluice-agent"), "run", "--source", "files:"+n.source, "--backend", n.backend,
 		"--node", "node-a", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket(), "--http-addr", httpAddr, "--log-level", "debug")
+	n.agent = exec.Command(argv[0], argv[1:]...)
 	n.agent.Stdout, n.agent.Stderr = log, log
 	n.agent.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if err := n.ns.Do(n.agent.Start); err != nil {
@@ -166,6 +166,14 @@ func (n *node) killAgent() {
 	_ = n.agent.Process.Kill()
 	_ = n.agent.Wait() // "signal: killed" is what was asked for
 	n.agent = nil
+}
+
+func (n *node) uninstall(t *testing.T) {
+	t.Helper()
+	out, err := exec.Command(filepath.Join(n.bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket()).CombinedOutput()
+	if err != nil {
+		t.Errorf("uninstall: %v\n%s", err, out)
+	}
 }
 
 // get asks the agent.

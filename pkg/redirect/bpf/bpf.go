@@ -94,6 +94,9 @@ func (o Options) withDefaults() Options {
 // then. Close the Redirector when done; what is pinned stays.
 func New(o Options) (*Redirector, error) {
 	o = o.withDefaults()
+	if err := Probe(); err != nil {
+		return nil, err
+	}
 	if err := mountBPFFS(filepath.Dir(o.PinDir)); err != nil {
 		return nil, err
 	}
@@ -312,7 +315,10 @@ func Probe() error {
 		{"helper bpf_sk_assign in sk_lookup", haveHelper(ebpf.SkLookup, asm.FnSkAssign)},
 		{"loading of the eBPF programs", loadUnpinned},
 	} {
-		if err := have.err(); err != nil {
+		switch err := have.err(); {
+		case errors.Is(err, redirect.ErrNotSupported):
+			return fmt.Errorf("%s: %w", have.what, err)
+		case err != nil:
 			return fmt.Errorf("%s: %w: %w", have.what, redirect.ErrNotSupported, err)
 		}
 	}
