@@ -11,6 +11,9 @@ CLANG     := 19
 FUZZTIME  ?= 10s
 BENCHTIME ?= 1s
 BACKEND   ?= auto
+ROUNDS    ?= 5
+PODS      ?= 110
+CLUSTERS  ?= 5000
 SETUP     := tests/setup/setup.sh
 # Packages whose tests gain from the race detector and disturb nobody, so that
 # they run side by side. The others make namespaces and attach programs: one
@@ -66,7 +69,13 @@ fuzz: ## Each fuzz target for FUZZTIME (10s)
 	echo "fuzz $$dir $$name"; $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$dir" </dev/null; done
 
 bench: ## All Go benchmarks for BENCHTIME each (1s)
-	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -timeout 30m ./pkg/...
+	$(GO) test -run '^$$' -bench . -benchmem -benchtime $(BENCHTIME) -timeout 30m ./cmd/cni ./pkg/...
+
+bench-xds: ## The xDS server beside go-control-plane's, on one core (ROUNDS=5 PODS=110 CLUSTERS=5000)
+	cd tests/bench && $(GO) build -trimpath -o ../../bin/bench-xds .
+	@core=$$(awk '/^Cpus_allowed_list/ {split($$2, a, /[-,]/); print a[1]}' /proc/self/status); \
+	command -v taskset >/dev/null && pin="taskset -c $$core" || echo "no taskset: not pinned to a core" >&2; \
+	set -x; $$pin bin/bench-xds -rounds $(ROUNDS) -pods $(PODS) -clusters $(CLUSTERS)
 
 lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
 	$< run ./...
@@ -104,4 +113,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench build checkall clean demo demo-clean fmt fuzz generate generate-check help lint mod-check test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-xds build checkall clean demo demo-clean fmt fuzz generate generate-check help lint mod-check test test-parallel test-serial tools tools-demo
