@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -190,6 +192,54 @@ func (p *pod) stat(t *testing.T, regex string) (sum uint64) {
 	return sum
 }
 
+// through runs send and then wants both sidecars to have counted and logged
+// what it sent to the port of the service "server", which is target at the
+// application: the chain, http or tcp, tells what Envoy took it for.
+func through(t *testing.T, client, server *pod, port, target int, chain string, send func(*testing.T)) {
+	t.Helper()
+	counter := "upstream_cx_total"
+	if chain == "http" {
+		counter = "upstream_rq_total" // of connections Envoy has a pool
+	}
+	type witness struct {
+		*pod
+		direction, destination, cluster string
+	}
+	logged := func(w witness) (n int) {
+		for line := range strings.Lines(w.envoy.AccessLog()) {
+			var l struct{ Direction, Chain, Destination, Cluster string }
+			if json.Unmarshal([]byte(line), &l) == nil && // a line may be half written
+				l.Direction == w.direction && l.Chain == chain && l.Destination == w.destination && l.Cluster == w.cluster {
+				n++
+			}
+		}
+		return n
+	}
+	counted := func(w witness) uint64 {
+		return w.stat(t, "^cluster\\."+regexp.QuoteMeta(w.cluster)+`\.`+counter+"$")
+	}
+	witnesses := []witness{
+		{client, "outbound", netip.AddrPortFrom(netip.MustParseAddr(vip4), uint16(port)).String(), fmt.Sprintf("out/e2e/server/%d", port)},
+		{server, "inbound", netip.AddrPortFrom(server.v4, uint16(target)).String(), fmt.Sprintf("in/%d", target)},
+	}
+	var counts []uint64
+	var lines []int
+	for _, w := range witnesses {
+		counts, lines = append(counts, counted(w)), append(lines, logged(w))
+	}
+	if !t.Run("send", send) { // which closes its connections at its end
+		return
+	}
+	for i, w := range witnesses {
+		if after := counted(w); after <= counts[i] {
+			t.Errorf("%s of cluster %s stayed at %d in the Envoy of %s", counter, w.cluster, after, w.name)
+		}
+		eventually(t, func() bool { return logged(w) > lines[i] }, func() string {
+			return fmt.Sprintf("the Envoy of %s has logged no %s connection to %s with chain %s:\n%s", w.name, w.direction, w.destination, chain, w.envoy.AccessLog())
+		})
+	}
+}
+
 // TestProtocols sends what applications send through both sidecars of a pair
 // and looks at what came back, at both Envoys' statistics and access logs, and
 // at the agent's counters.
@@ -219,73 +269,31 @@ func TestProtocols(t *testing.T) {
 			})
 		}
 
-		t.Run("HTTP2", func(t *testing.T) {
-			c := client.httpClient(true) // with prior knowledge, in clear text
-			transport := c.Transport.(*http.Transport)
-			transport.Protocols = new(http.Protocols)
-			transport.Protocols.SetUnencryptedHTTP2(true)
-			defer transport.CloseIdleConnections()
-			for _, port := range []string{"80", "86"} {
-				code, body, _, err := fetch(c, "http://"+vip4+":"+port+"/h2")
-				if err != nil || code != 200 || !strings.HasPrefix(body, "server HTTP/2.0") {
-					t.Errorf("port %s: answer %d %q, %v; want 200 over HTTP/2.0 at the application", port, code, body, err)
-				}
-			}
-		})
-
-		t.Run("gRPC streaming", func(t *testing.T) { grpcStream(t, client) })
-
-		t.Run("WebSocket", func(t *testing.T) {
-			c := dialFrom(t, client, vip4+":80")
-			_, _ = io.WriteString(c, "GET /ws HTTP/1.1\r\nHost: server\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
-			r := bufio.NewReader(c)
-			resp, err := http.ReadResponse(r, nil)
-			if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
-				t.Fatalf("upgrade: %v, %v", resp, err)
-			}
-			for range 10 {
-				mustEcho(t, c, r)
-			}
-		})
-
-		t.Run("server speaks first", func(t *testing.T) {
-			// The port says nothing of its protocol: Envoy waits for the client
-			// a stated short time, then lets the server speak.
-			start := time.Now()
-			c := dialFrom(t, client, vip4+":84")
-			r := bufio.NewReader(c)
-			if line, err := r.ReadString('\n'); line != "220 hello\n" {
-				t.Fatalf("greeting %q, %v", line, err)
-			}
-			t.Logf("greeting after %v", time.Since(start).Round(time.Millisecond))
-			_, _ = io.WriteString(c, "HELO me\n")
-			if line, err := r.ReadString('\n'); line != "250 HELO me\n" {
-				t.Errorf("answer %q, %v", line, err)
-			}
-		})
-
-		for port, what := range map[string]string{"82": "opaque TCP", "83": "TCP on a port without a protocol"} {
-			t.Run(what, func(t *testing.T) {
-				c := dialFrom(t, client, vip4+":"+port)
+		for _, tc := range []struct {
+			name         string
+			port, target int
+			chain        string
+			send         func(*testing.T)
+		}{
+			{"HTTP1", 80, 8080, "http", func(t *testing.T) { wantHTTP(t, client, 80, "HTTP/1.1") }},
+			{"HTTP1, found out", 86, 8080, "http", func(t *testing.T) { wantHTTP(t, client, 86, "HTTP/1.1") }},
+			{"HTTP2", 80, 8080, "http", func(t *testing.T) { wantHTTP(t, client, 80, "HTTP/2.0") }},
+			{"HTTP2, found out", 86, 8080, "http", func(t *testing.T) { wantHTTP(t, client, 86, "HTTP/2.0") }},
+			{"gRPC streaming", 81, 8081, "http", func(t *testing.T) { grpcStream(t, client) }},
+			{"WebSocket", 80, 8080, "http", func(t *testing.T) { webSocket(t, client) }},
+			{"opaque TCP", 82, 8082, "tcp", func(t *testing.T) {
+				c := dialFrom(t, client, vip4+":82")
 				mustEcho(t, c, bufio.NewReader(c))
-			})
+			}},
+			{"TCP on a port without a protocol", 83, 8082, "tcp", func(t *testing.T) {
+				c := dialFrom(t, client, vip4+":83")
+				mustEcho(t, c, bufio.NewReader(c))
+			}},
+			{"server speaks first", 84, 8084, "tcp", func(t *testing.T) { serverFirst(t, client) }},
+			{"half close and 200 MB", 85, 8085, "tcp", func(t *testing.T) { halfClose(t, client, 200<<20) }},
+		} {
+			t.Run(tc.name, func(t *testing.T) { through(t, client, server, tc.port, tc.target, tc.chain, tc.send) })
 		}
-
-		t.Run("half close and 200 MB", func(t *testing.T) {
-			c := dialFrom(t, client, vip4+":85")
-			const size = 200 << 20
-			sum := sha256.New()
-			if _, err := io.Copy(io.MultiWriter(c, sum), io.LimitReader(rand.NewChaCha8([32]byte{1}), size)); err != nil {
-				t.Fatal(err)
-			}
-			if err := c.CloseWrite(); err != nil {
-				t.Fatal(err)
-			}
-			got, err := bufio.NewReader(c).ReadString('\n')
-			if want := fmt.Sprintf("%d %x\n", size, sum.Sum(nil)); got != want {
-				t.Errorf("after %d bytes and FIN the server says %q, %v; want %q", size, got, err, want)
-			}
-		})
 
 		t.Run("unknown destination passes through", func(t *testing.T) {
 			plain := n.pod(t, "plain", podSpec{plain: true})
@@ -339,6 +347,72 @@ func TestProtocols(t *testing.T) {
 			}
 		})
 	})
+}
+
+// wantHTTP makes a request of that version, for HTTP/2 in clear text and with
+// prior knowledge, and wants it to arrive as the same.
+func wantHTTP(t *testing.T, client *pod, port int, proto string) {
+	t.Helper()
+	c := client.httpClient(true)
+	transport := c.Transport.(*http.Transport)
+	if proto == "HTTP/2.0" {
+		transport.Protocols = new(http.Protocols)
+		transport.Protocols.SetUnencryptedHTTP2(true)
+	}
+	defer transport.CloseIdleConnections()
+	code, body, _, err := fetch(c, fmt.Sprintf("http://%s:%d/", vip4, port))
+	if err != nil || code != 200 || !strings.HasPrefix(body, "server "+proto) {
+		t.Errorf("answer %d %q, %v; want 200 over %s at the application", code, body, err, proto)
+	}
+}
+
+func webSocket(t *testing.T, client *pod) {
+	t.Helper()
+	c := dialFrom(t, client, vip4+":80")
+	_, _ = io.WriteString(c, "GET /ws HTTP/1.1\r\nHost: server\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+	r := bufio.NewReader(c)
+	resp, err := http.ReadResponse(r, nil)
+	if err != nil || resp.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("upgrade: %v, %v", resp, err)
+	}
+	for range 10 {
+		mustEcho(t, c, r)
+	}
+}
+
+// serverFirst connects to a port that says nothing of its protocol: Envoy waits
+// for the client a stated short time, then lets the server speak.
+func serverFirst(t *testing.T, client *pod) {
+	t.Helper()
+	start := time.Now()
+	c := dialFrom(t, client, vip4+":84")
+	r := bufio.NewReader(c)
+	if line, err := r.ReadString('\n'); line != "220 hello\n" {
+		t.Fatalf("greeting %q, %v", line, err)
+	}
+	t.Logf("greeting after %v", time.Since(start).Round(time.Millisecond))
+	_, _ = io.WriteString(c, "HELO me\n")
+	if line, err := r.ReadString('\n'); line != "250 HELO me\n" {
+		t.Errorf("answer %q, %v", line, err)
+	}
+}
+
+// halfClose sends size bytes and FIN; only then does the server answer, with
+// the sum of what it got.
+func halfClose(t *testing.T, client *pod, size int64) {
+	t.Helper()
+	c := dialFrom(t, client, vip4+":85")
+	sum := sha256.New()
+	if _, err := io.Copy(io.MultiWriter(c, sum), io.LimitReader(rand.NewChaCha8([32]byte{1}), size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	got, err := bufio.NewReader(c).ReadString('\n')
+	if want := fmt.Sprintf("%d %x\n", size, sum.Sum(nil)); got != want {
+		t.Errorf("after %d bytes and FIN the server says %q, %v; want %q", size, got, err, want)
+	}
 }
 
 // TestManyConnections: no default limit of Envoy bites, and a client port that
