@@ -150,23 +150,17 @@ func (c *Chosen) Add(ctx context.Context, w Workload) error {
 		return nil
 	}
 	// Unknown counts as elsewhere: an earlier agent may have ended amid a move.
-	others := 0
 	err = c.each(func(other Backend, r Redirector) error {
 		if other == name {
 			return nil
 		}
-		others++
+		if y, ok := r.(Yielder); ok {
+			return y.Yield(ctx, w.ID)
+		}
 		return r.Remove(ctx, w.ID)
 	})
 	if err != nil {
 		return err
-	}
-	if others > 0 {
-		// Both need ::6 on the pod's loopback, and the one that leaves takes it
-		// along. Adding what is there only mends.
-		if err := r.Add(ctx, w); err != nil {
-			return err
-		}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()

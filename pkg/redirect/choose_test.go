@@ -51,6 +51,14 @@ func (f *fake) Remove(_ context.Context, id ID) error {
 	return nil
 }
 
+func (f *fake) Yield(_ context.Context, id ID) error {
+	if _, ok := f.have[id]; ok {
+		f.log.note("%s yield", f.name)
+	}
+	delete(f.have, id)
+	return nil
+}
+
 func (f *fake) List(context.Context) ([]Installed, error) {
 	var list []Installed
 	for id, w := range f.have {
@@ -171,7 +179,7 @@ func TestPodMovesWithoutAGap(t *testing.T) {
 		t.Error("iptables was opened before anyone asked for it")
 	}
 	add(t, c, BackendIPTables)
-	if diff := cmp.Diff([]string{"iptables add", "ebpf remove", "iptables add"}, w.take()); diff != "" {
+	if diff := cmp.Diff([]string{"iptables add", "ebpf yield"}, w.take()); diff != "" {
 		t.Errorf("move: %s", diff)
 	}
 	add(t, c, BackendIPTables)
@@ -179,7 +187,7 @@ func TestPodMovesWithoutAGap(t *testing.T) {
 		t.Errorf("stay: %s", diff)
 	}
 	add(t, c, "")
-	if diff := cmp.Diff([]string{"ebpf add", "iptables remove", "ebpf add"}, w.take()); diff != "" {
+	if diff := cmp.Diff([]string{"ebpf add", "iptables yield"}, w.take()); diff != "" {
 		t.Errorf("move back: %s", diff)
 	}
 	if err := c.Remove(t.Context(), ID{PodUID: "a"}); err != nil {

@@ -94,6 +94,15 @@ type Redirector interface {
 	Close() error
 }
 
+// A Yielder is a Redirector that can give a workload to another backend: all of
+// Sluice's are.
+type Yielder interface {
+	// Yield is Remove for a workload that another backend has already: what
+	// both need in the pod's namespace, ::6 on lo, stays for that one, which
+	// removes it in the end.
+	Yield(ctx context.Context, id ID) error
+}
+
 // A Direction says from where a counted connection came.
 type Direction string
 

@@ -1,6 +1,7 @@
 package bpf
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -267,6 +268,33 @@ func hasProxySource6() (bool, error) {
 	}
 	for _, a := range addrs {
 		if a.IP.Equal(proxySource6().IP) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// proxySource6Used reports whether connections from ::6 live in the thread's
+// namespace: without the address they would stall.
+func proxySource6Used() (bool, error) {
+	const path = "/proc/thread-self/net/tcp6"
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil // no IPv6 here
+	}
+	if err != nil {
+		return false, fmt.Errorf("list connections: %w", err)
+	}
+	// The address as the kernel prints it: four words in host byte order.
+	addr := fmt.Sprintf("%024d%08X:", 0, binary.NativeEndian.Uint32([]byte{0, 0, 0, 6}))
+	for line := range strings.Lines(string(b)) {
+		// number, local address, remote address, state
+		f := strings.Fields(line)
+		if len(f) < 4 || !strings.HasPrefix(f[1], addr) && !strings.HasPrefix(f[2], addr) {
+			continue
+		}
+		const timeWait, closed = "06", "07"
+		if f[3] != timeWait && f[3] != closed {
 			return true, nil
 		}
 	}

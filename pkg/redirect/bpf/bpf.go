@@ -71,6 +71,7 @@ type Redirector struct {
 
 var (
 	_ redirect.Redirector = (*Redirector)(nil)
+	_ redirect.Yielder    = (*Redirector)(nil)
 	_ redirect.Meter      = (*Redirector)(nil)
 )
 
@@ -414,7 +415,8 @@ func (r *Redirector) cleanNamespaces(ctx context.Context) error {
 	defer func() { _ = r.store.PodMeta.Close() }()
 	var errs []error
 	err = r.store.each(func(_ uint64, meta *redirectSlMeta) error {
-		errs = append(errs, cleanNamespace(meta))
+		_, err := cleanNamespace(meta, atOnce)
+		errs = append(errs, err)
 		return ctx.Err()
 	})
 	return errors.Join(append(errs, err)...)

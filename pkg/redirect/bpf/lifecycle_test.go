@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
@@ -493,6 +494,40 @@ func TestAddressOfAnother(t *testing.T) {
 	list, err := r.List(t.Context())
 	if err != nil || len(list) != 1 || list[0].Problem != nil {
 		t.Errorf("List() = %v, %v", list, err)
+	}
+}
+
+// TestRemoveAfterDeathInBetween: an Add that died before its last step, or a
+// Remove after its first, leaves addresses that no entry of the pod names.
+func TestRemoveAfterDeathInBetween(t *testing.T) {
+	o := newOptions(t)
+	pod := netnstest.NewNode(t).Pod(t, "pod")
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	w := workload(t, pod)
+	clean := pod.State(t)
+	mustAdd(t, r, w)
+	cookie, err := netns.Cookie(pod.Netns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.store.Pods.Delete(cookie); err != nil {
+		t.Fatal(err)
+	}
+	list, err := r.List(t.Context())
+	if err != nil || len(list) != 1 || list[0].Problem == nil {
+		t.Fatalf("List() = %v, %v; want one workload with a problem", list, err)
+	}
+	if err := r.Remove(t.Context(), w.ID); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []*ebpf.Map{r.store.PodIps, r.store.PodMeta, r.store.Stats} {
+		if n, err := count(t.Context(), m); err != nil || n != 0 {
+			t.Errorf("%d entries are left in %s, %v", n, m, err)
+		}
+	}
+	if diff := clean.Diff(pod.State(t)); diff != "" {
+		t.Errorf("the namespace is not as before:\n%s", diff)
 	}
 }
 

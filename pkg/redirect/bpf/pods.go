@@ -290,48 +290,78 @@ func (p *redirectSlPod) has6() bool {
 	return slices.ContainsFunc(p.addrs(), netip.Addr.Is6)
 }
 
-// Remove implements redirect.Redirector.
+// Remove implements redirect.Redirector. While the proxy has connections to the
+// app from ::6, that address stays; List takes it away when they have ended.
 func (r *Redirector) Remove(_ context.Context, id redirect.ID) error {
+	return r.end(id, whenIdle)
+}
+
+// Yield implements redirect.Yielder. It leaves nothing but ::6.
+func (r *Redirector) Yield(_ context.Context, id redirect.ID) error {
+	return r.end(id, yielded)
+}
+
+// An ending says what becomes of ::6, which connections may still need.
+type ending int
+
+const (
+	atOnce   ending = iota // it goes, and the connections end
+	whenIdle               // it stays as long as they do
+	yielded                // it is the next backend's
+)
+
+func (r *Redirector) end(id redirect.ID, how ending) error {
 	unlock, err := lock(r.dir)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if err := r.remove(id); err != nil {
+	if _, err := r.remove(id, how); err != nil {
 		return fmt.Errorf("end redirection of %s: %w", id, err)
 	}
 	return nil
 }
 
-// remove is Remove under the lock.
-func (r *Redirector) remove(id redirect.ID) error {
+// remove ends a redirection, under the lock, and says whether ::6 has to stay.
+func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 	cookie, meta, err := r.store.find(id)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if meta == nil {
-		return detachAll(r.podDir(id))
+		return false, detachAll(r.podDir(id))
 	}
-	if err := errors.Join(r.store.release(cookie), detachAll(r.podDir(id)), cleanNamespace(meta)); err != nil {
-		return err // meta stays, so that the next Remove finds the rest
+	err = errors.Join(r.store.release(cookie), detachAll(r.podDir(id)))
+	left, inside := cleanNamespace(meta, how)
+	if err = errors.Join(err, inside); err != nil || left {
+		return left, err // meta stays, so that the rest is found
 	}
-	return deleteKey(r.store.PodMeta, cookie)
+	return false, deleteKey(r.store.PodMeta, cookie)
 }
 
 // cleanNamespace removes what a pod has inside its namespace, if that is still
-// there.
-func cleanNamespace(meta *redirectSlMeta) error {
+// there, and says whether ::6 has to stay.
+func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
 	path := text(meta.Netns[:])
-	err := sameNamespace(path, meta.NetnsInode)
+	err = sameNamespace(path, meta.NetnsInode)
 	if err == nil {
 		err = netns.Do(path, func() error {
-			return errors.Join(detachFilters(func(int) bool { return false }), removeProxySource6())
+			err := detachFilters(func(int) bool { return false })
+			if how == whenIdle {
+				var used error
+				left, used = proxySource6Used()
+				err = errors.Join(err, used)
+			}
+			if how == yielded || left {
+				return err
+			}
+			return errors.Join(err, removeProxySource6())
 		})
 	}
 	if errors.Is(err, redirect.ErrGone) {
-		return nil
+		return false, nil
 	}
-	return err
+	return left, err
 }
 
 // sameNamespace returns an error wrapping redirect.ErrGone unless path leads to
@@ -356,6 +386,7 @@ func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 	}
 	defer unlock()
 	var all []redirect.Installed
+	var left []redirectSlMeta
 	node := r.hookProblem()
 	err = r.store.each(func(cookie uint64, meta *redirectSlMeta) error {
 		i := redirect.Installed{ID: meta.id(), Pod: text(meta.Pod[:]), Netns: text(meta.Netns[:])}
@@ -363,9 +394,13 @@ func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 		if err != nil {
 			return err
 		}
-		if pod == nil {
+		switch {
+		case pod == nil && !isDir(r.podDir(meta.id())):
+			left = append(left, *meta) // Remove came as far as ::6
+			return ctx.Err()
+		case pod == nil:
 			i.Problem = errors.New("installed or removed only in part")
-		} else {
+		default:
 			i.Digest = redirect.Digest(pod.Digest)
 			if i.Problem = node; node == nil {
 				i.Problem = r.podProblem(cookie, meta, pod)
@@ -374,6 +409,11 @@ func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 		all = append(all, i)
 		return ctx.Err()
 	})
+	for _, meta := range left {
+		if _, err := r.remove(meta.id(), whenIdle); err != nil {
+			all = append(all, redirect.Installed{ID: meta.id(), Pod: text(meta.Pod[:]), Netns: text(meta.Netns[:]), Problem: err})
+		}
+	}
 	slices.SortFunc(all, func(a, b redirect.Installed) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return all, err
 }

@@ -358,6 +358,27 @@ func (s *store) deleteAddr(cookie uint64, a netip.Addr) error {
 	return deleteKey(s.PodIps, &key)
 }
 
+// deleteAddrs removes all addresses of the pod with this cookie.
+func (s *store) deleteAddrs(cookie uint64) error {
+	var addr redirectSlAddr
+	var owner uint64
+	var own []redirectSlAddr
+	it := s.PodIps.Iterate()
+	for it.Next(&addr, &owner) {
+		if owner == cookie {
+			own = append(own, addr)
+		}
+	}
+	errs := []error{it.Err()}
+	for i := range own {
+		errs = append(errs, deleteKey(s.PodIps, &own[i]))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("delete addresses from map %s: %w", redirectMapPodIps, err)
+	}
+	return nil
+}
+
 // release ends the redirection of a pod and removes its entries, all but meta,
 // by which it is found until everything else is gone too.
 func (s *store) release(cookie uint64) error {
@@ -368,11 +389,11 @@ func (s *store) release(cookie uint64) error {
 	// After this line the pod's traffic is not redirected any more.
 	errs := []error{deleteKey(s.Pods, cookie)}
 	if pod != nil {
-		for _, a := range pod.addrs() {
-			errs = append(errs, s.deleteAddr(cookie, a))
-		}
 		errs = append(errs, s.deletePolicy(pod.Policy, int(pod.Entries)))
 	}
+	// Not those that pod names: an Add or Remove that ended early may have left
+	// some without it.
+	errs = append(errs, s.deleteAddrs(cookie))
 	for _, family := range []uint32{unix.AF_INET, unix.AF_INET6} {
 		errs = append(errs, deleteKey(s.Listeners, &redirectSlListenerKey{Netns: cookie, Family: family}))
 	}

@@ -190,10 +190,9 @@ func onLoopback(path string, fn func(*netlink.Handle, netlink.Link) error) error
 	})
 }
 
-// addProxySource makes sure that lo has the address, and says whether it did
-// not have it before.
-func addProxySource(ctx context.Context, path string) (added bool, err error) {
-	err = onLoopback(path, func(h *netlink.Handle, lo netlink.Link) error {
+// addProxySource makes sure that lo has the address.
+func addProxySource(ctx context.Context, path string) error {
+	return onLoopback(path, func(h *netlink.Handle, lo netlink.Link) error {
 		err := h.AddrAdd(lo, proxySource())
 		if errors.Is(err, unix.EEXIST) {
 			return nil
@@ -201,10 +200,8 @@ func addProxySource(ctx context.Context, path string) (added bool, err error) {
 		if err != nil {
 			return fmt.Errorf("add address ::6 to lo: %w", err)
 		}
-		added = true
 		return waitLocal(ctx, h)
 	})
-	return added, err
 }
 
 // waitLocal waits until the kernel delivers to ::6. The local route comes from

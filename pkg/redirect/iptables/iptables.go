@@ -57,6 +57,7 @@ type Redirector struct {
 
 var (
 	_ redirect.Redirector = (*Redirector)(nil)
+	_ redirect.Yielder    = (*Redirector)(nil)
 	_ redirect.Meter      = (*Redirector)(nil)
 )
 
@@ -145,7 +146,7 @@ func Uninstall(ctx context.Context, o Options) error {
 		}
 		var errs []error
 		for _, rec := range all {
-			errs = append(errs, r.remove(ctx, rec.ID, false))
+			errs = append(errs, r.remove(ctx, rec.ID, atOnce))
 		}
 		if err := errors.Join(errs...); err != nil {
 			return err
@@ -182,11 +183,10 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 		return fmt.Errorf("redirect pod %s with iptables: %w", w.Pod, err)
 	}
 	if rec.variant(false) != "" {
-		added, err := addProxySource(ctx, w.Netns)
-		if err != nil {
+		if err := addProxySource(ctx, w.Netns); err != nil {
 			return err
 		}
-		rec.ProxySource = rec.ProxySource || added
+		rec.ProxySource = true // also if another backend has left it here
 	}
 	rec.Complete = true
 	if err := r.records.write(rec); err != nil {
@@ -265,27 +265,44 @@ func (r *Redirector) choose(v4 bool, wanted []string) (tool, error) {
 // it away when they have ended. Empty built-in chains stay: they belong to the
 // namespace.
 func (r *Redirector) Remove(ctx context.Context, id redirect.ID) error {
-	return r.remove(ctx, id, true)
+	return r.remove(ctx, id, whenIdle)
 }
 
-// remove ends a redirection, and with drain set not its connections.
-func (r *Redirector) remove(ctx context.Context, id redirect.ID, drain bool) error {
+// Yield implements redirect.Yielder. It leaves what Remove leaves, and ::6.
+func (r *Redirector) Yield(ctx context.Context, id redirect.ID) error {
+	return r.remove(ctx, id, yielded)
+}
+
+// An ending says what becomes of what connections still need.
+type ending int
+
+const (
+	atOnce   ending = iota // it goes, and the connections end
+	whenIdle               // it stays as long as they do
+	yielded                // as whenIdle, but ::6 is the next backend's
+)
+
+// remove ends a redirection.
+func (r *Redirector) remove(ctx context.Context, id redirect.ID, how ending) error {
 	defer r.lock(id)()
 	rec, ok, err := r.records.read(id)
 	if err != nil || !ok {
 		return err
 	}
-	alive := false
+	alive, drained := false, rec.Draining
+	if how == yielded && rec.ProxySource {
+		rec.ProxySource, drained = false, false
+	}
 	err = present(id, rec.Netns)
 	if err == nil {
-		alive, err = r.uninstall(ctx, rec, drain)
+		alive, err = r.uninstall(ctx, rec, how != atOnce)
 	}
 	if err != nil && !errors.Is(err, redirect.ErrGone) {
 		return fmt.Errorf("end redirection of pod %s with iptables: %w", rec.Pod, err)
 	}
 	r.forget(id)
 	switch {
-	case alive && rec.Draining:
+	case alive && drained:
 		return nil
 	case alive:
 		rec.Draining = true

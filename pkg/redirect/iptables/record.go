@@ -32,7 +32,7 @@ type record struct {
 	Draining bool `json:"draining,omitempty"`
 	// Rules are those of the families that the pod has.
 	Rules []installedRules `json:"rules,omitempty"`
-	// ProxySource is true if ::6 was added to lo.
+	// ProxySource is true if ::6 on lo is this workload's to remove.
 	ProxySource bool `json:"proxy_source,omitempty"`
 }
 

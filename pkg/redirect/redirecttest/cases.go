@@ -540,6 +540,37 @@ func lifecycleCases() []testCase {
 			e.proxy.stop()
 			e.wantClean(clean)
 		}},
+		{name: "lifecycle/connections to the app outlive removal", byHand: true, run: func(e *env) {
+			// The proxy has a connection of its own to the app, from a source that
+			// redirection may have put there.
+			clean := e.pod.State(e)
+			e.add(nil)
+			e.startProxy(onward)
+			in, a := e.connect(e.peer.Namespace, e.podPort(appPort))
+			e.wantBare(a, "app")
+			if a.Peer.Addr() != loopSource(e.podAddr()) {
+				e.Errorf("the app sees client %s, want the proxy's %s", a.Peer, loopSource(e.podAddr()))
+			}
+			if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
+				e.Fatalf("remove: %v", err)
+			}
+			e.wantAlive(in)
+			if i, ok := e.installed(e.r); ok {
+				e.Errorf("still listed: %+v", i)
+			}
+			e.wantAlive(in)
+			// Redirected again, with what is left of before.
+			e.add(nil)
+			e.wantWhole(e.r)
+			e.wantAlive(in)
+			if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
+				e.Fatalf("remove again: %v", err)
+			}
+			e.wantAlive(in)
+			_ = in.Close()
+			e.proxy.stop()
+			e.wantClean(clean)
+		}},
 		{name: "lifecycle/restart", proxy: tell, run: func(e *env) {
 			out, _ := e.connect(e.pod.Namespace, e.peerPort(appPort))
 			in, _ := e.connect(e.peer.Namespace, e.podPort(appPort))

@@ -85,10 +85,42 @@ func TestMove(t *testing.T) {
 		e.proxy.stop()
 		e.wantClean(clean)
 	}}
+	// The proxy's own connections to the app need ::6, which either backend
+	// puts there and only the last one may take away.
+	toApp := testCase{name: "to the app", byHand: true, run: func(e *env) {
+		clean := e.pod.State(e)
+		e.add(nil)
+		e.startProxy(onward)
+		for _, b := range []redirect.Backend{redirect.BackendIPTables, redirect.BackendEBPF, redirect.BackendIPTables, redirect.BackendEBPF} {
+			in, a := e.connect(e.peer.Namespace, e.podPort(appPort))
+			e.wantBare(a, "app")
+			e.add(func(p *redirect.Policy) { p.Backend = b })
+			e.wantAlive(in)
+			next, a := e.connect(e.peer.Namespace, e.podPort(appPort))
+			if a.Peer.Addr() != loopSource(e.podAddr()) {
+				e.Errorf("with %s the app sees client %s, want the proxy's %s", b, a.Peer, loopSource(e.podAddr()))
+			}
+			_, _ = in.Close(), next.Close()
+			// What the old backend left for their sake goes.
+			e.wantWhole(e.r)
+			if i, ok := e.installed(e.r); !ok || i.Problem != nil {
+				e.Errorf("with %s: List() = %+v, %v", b, i, ok)
+			}
+		}
+		if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
+			e.Fatalf("remove: %v", err)
+		}
+		e.proxy.stop()
+		e.wantClean(clean)
+	}}
 	node := netnstest.NewNode(t)
 	for name, v4 := range map[string]bool{"v4": true, "v6": false} {
 		t.Run(name, func(t *testing.T) {
-			runCase(t, moves, &env{T: t, r: c, v4: v4, node: node})
+			for _, tc := range []testCase{moves, toApp} {
+				t.Run(tc.name, func(t *testing.T) {
+					runCase(t, tc, &env{T: t, r: c, v4: v4, node: node})
+				})
+			}
 		})
 	}
 }
