@@ -79,6 +79,7 @@ bench-xds: ## The xDS server beside go-control-plane's, on one core (ROUNDS=5 PO
 
 lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
 	$< run ./...
+	cd tests/bench && ../../$< run ./...
 
 .tools/bin/golangci-lint-$(GOLANGCI):
 	@echo "building golangci-lint $(GOLANGCI) (a few minutes, once)"

@@ -1,4 +1,5 @@
 // A module of its own: only the comparison needs go-control-plane's caches.
+// When ../../go.mod changes: go mod tidy, here too.
 module github.com/sluicemesh/sluice/tests/bench
 
 go 1.26.0
