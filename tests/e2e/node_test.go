@@ -31,20 +31,15 @@ import (
 // deadline bounds every wait of these tests.
 const deadline = 30 * time.Second
 
-func TestMain(m *testing.M) {
-	code := netnstest.VerifyNoLeaks(m, pinDir())
-	_ = os.RemoveAll(binDir())
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { os.Exit(netnstest.VerifyNoLeaks(m)) }
 
-func pinDir() string { return fmt.Sprintf("/sys/fs/bpf/sluice-e2e-%d", os.Getpid()) }
-
-func binDir() string { return filepath.Join(os.TempDir(), fmt.Sprintf("sluice-e2e-%d", os.Getpid())) }
+// pinDir is in a bpffs that the agent mounts and uninstall unmounts.
+func pinDir() string { return filepath.Join(os.TempDir(), "bpf", "sluice") }
 
 // binaries builds agent and plugin once a test process and returns their directory.
 var binaries = sync.OnceValues(func() (string, error) {
-	dir := binDir()
-	if err := os.Mkdir(dir, 0o700); err != nil {
+	dir := filepath.Join(os.TempDir(), "bin")
+	if err := errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(filepath.Dir(pinDir()), 0o700)); err != nil {
 		return "", err
 	}
 	cmd := exec.Command("go", "build", "-o", dir+"/", "github.com/sluicemesh/sluice/cmd/agent", "github.com/sluicemesh/sluice/cmd/cni")

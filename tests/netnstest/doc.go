@@ -6,9 +6,9 @@
 // It installs no redirection and runs no Envoy.
 //
 // Everything belongs to the test that made it and is gone when that test ends,
-// also when it fails. Namespaces are bound under /run/netns with a prefix that
-// names this process; what a killed process left is removed by the next
-// VerifyNoLeaks. A Namespace may be used from several goroutines.
+// also when it fails or is interrupted. Namespaces are bound under /run/netns
+// with a prefix that names this process; what a killed process left is removed
+// by the next VerifyNoLeaks. A Namespace may be used from several goroutines.
 //
 // Functions that take a testing.TB end the test on errors; those that take a
 // context return them.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"runtime"
 	"slices"
@@ -23,13 +24,35 @@ const leakDeadline = 5 * time.Second
 
 // VerifyNoLeaks runs the tests and returns the exit code for TestMain. It is 1
 // if they leave a namespace, a child process, an open descriptor, a link or
-// routing rule of the machine, or one of the directories of pins.
-func VerifyNoLeaks(m *testing.M, pinDirs ...string) int {
-	if err := sweep(); err != nil {
-		fmt.Fprintln(os.Stderr, "remove namespaces of ended processes:", err)
+// routing rule of the machine, or a mount. Temporary files of the tests are in
+// a directory of this process, which goes with it. When the process is
+// interrupted, it removes what the tests have made before it ends.
+func VerifyNoLeaks(m *testing.M) int {
+	temp := os.TempDir()
+	own := tempDir(temp, os.Getpid())
+	err := sweep(temp)
+	if err == nil {
+		// Envoy's user needs to get through it.
+		err = errors.Join(os.Mkdir(own, 0o755), os.Setenv("TMPDIR", own))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "before the tests:", err)
 		return 1
 	}
-	before, err := processState(pinDirs)
+	defer func() {
+		if err := removeTemp(own); err != nil {
+			fmt.Fprintln(os.Stderr, "remove temporary files:", err)
+		}
+	}()
+	interrupted := make(chan os.Signal, 1)
+	signal.Notify(interrupted, os.Interrupt, unix.SIGTERM, unix.SIGHUP)
+	go func() { // until the process ends
+		<-interrupted
+		err := errors.Join(endProcesses(isChild), discard(temp, os.Getpid()))
+		fmt.Fprintln(os.Stderr, "interrupted; what the tests have made was removed, errors:", err)
+		os.Exit(1)
+	}()
+	before, err := processState(own)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "read state before the tests:", err)
 		return 1
@@ -40,7 +63,7 @@ func VerifyNoLeaks(m *testing.M, pinDirs ...string) int {
 	defer tick.Stop()
 	for deadline := time.Now().Add(leakDeadline); ; <-tick.C {
 		runtime.GC() // closes what only a finalizer closes
-		after, err := processState(pinDirs)
+		after, err := processState(own)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "read state after the tests:", err)
 			return 1
@@ -59,7 +82,7 @@ func VerifyNoLeaks(m *testing.M, pinDirs ...string) int {
 	return 1
 }
 
-func processState(pinDirs []string) ([]string, error) {
+func processState(temp string) ([]string, error) {
 	state, err := linkState()
 	if err != nil {
 		return nil, err
@@ -71,33 +94,19 @@ func processState(pinDirs []string) ([]string, error) {
 	for _, p := range own {
 		state = append(state, "namespace "+p)
 	}
-	for _, dir := range pinDirs {
-		err := filepath.WalkDir(dir, func(path string, _ os.DirEntry, err error) error {
-			if errors.Is(err, os.ErrNotExist) {
-				return nil
-			}
-			state = append(state, "pin "+path)
-			return err
-		})
-		if err != nil {
-			return nil, fmt.Errorf("list pins: %w", err)
-		}
-	}
-	children, err := filepath.Glob("/proc/self/task/*/children")
+	points, err := mounts(temp)
 	if err != nil {
 		return nil, err
 	}
-	for _, c := range children {
-		b, err := os.ReadFile(c)
-		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
-			continue // a thread that has just ended
-		}
-		if err != nil {
-			return nil, err
-		}
-		for _, pid := range strings.Fields(string(b)) {
-			state = append(state, "child process "+pid)
-		}
+	for _, point := range points {
+		state = append(state, "mount "+point)
+	}
+	pids, err := children()
+	if err != nil {
+		return nil, err
+	}
+	for _, pid := range pids {
+		state = append(state, "child process "+pid)
 	}
 	fds, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
@@ -112,6 +121,31 @@ func processState(pinDirs []string) ([]string, error) {
 		state = append(state, fmt.Sprintf("descriptor %s: %s", fd.Name(), target))
 	}
 	return state, nil
+}
+
+// children lists the processes that this one has started.
+func children() ([]string, error) {
+	files, err := filepath.Glob("/proc/self/task/*/children")
+	if err != nil {
+		return nil, err
+	}
+	var pids []string
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ESRCH) {
+			continue // a thread that has just ended
+		}
+		if err != nil {
+			return nil, err
+		}
+		pids = append(pids, strings.Fields(string(b))...)
+	}
+	return pids, nil
+}
+
+func isChild(pid string) bool {
+	pids, err := children()
+	return err == nil && slices.Contains(pids, pid)
 }
 
 // linkState lists links and routing rules of the current namespace.

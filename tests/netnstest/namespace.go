@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"strings"
 	"syscall"
 	"testing"
 
@@ -151,26 +150,4 @@ func (ns Namespace) Listen(ctx context.Context, network, addr string) (net.Liste
 		return err
 	})
 	return l, err
-}
-
-// sweep removes namespaces of processes that are no more.
-func sweep() error {
-	entries, err := os.ReadDir(runDir)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("list namespaces: %w", err)
-	}
-	var errs []error
-	for _, e := range entries {
-		var pid int
-		if _, err := fmt.Sscanf(e.Name(), "slt%d-", &pid); err != nil || !strings.HasPrefix(e.Name(), prefix(pid)) {
-			continue
-		}
-		if unix.Kill(pid, 0) == unix.ESRCH {
-			errs = append(errs, remove(filepath.Join(runDir, e.Name())))
-		}
-	}
-	return errors.Join(errs...)
 }

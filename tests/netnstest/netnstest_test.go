@@ -2,9 +2,14 @@ package netnstest_test
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -125,5 +130,56 @@ func TestStateShowsAChange(t *testing.T) {
 	}
 	if before.Diff(p.State(t)) == "" {
 		t.Error("a packet filter rule was not seen")
+	}
+}
+
+// TestInterrupted: Cleanup functions do not run then, and nothing stays all the
+// same. The test is its own victim, in another process.
+func TestInterrupted(t *testing.T) {
+	need.Root(t)
+	sleep := need.Tool(t, "sleep")
+	const env = "SLUICE_TEST_INTERRUPTED"
+	if os.Getenv(env) != "" {
+		c := netnstest.NewNode(t).Pod(t, "p").Command(t, 0, sleep, "3600")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		fmt.Println("temp", t.TempDir())
+		fmt.Println("child", c.Process.Pid)
+		<-t.Context().Done()
+		return
+	}
+	for _, sig := range []os.Signal{os.Interrupt, syscall.SIGTERM} {
+		victim := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^TestInterrupted$")
+		victim.Env = append(os.Environ(), env+"=1")
+		out, err := victim.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := victim.Start(); err != nil {
+			t.Fatal(err)
+		}
+		var temp string
+		var child int
+		if _, err := fmt.Fscanf(out, "temp %s\nchild %d\n", &temp, &child); err != nil {
+			t.Fatalf("the victim does not say what it has made: %v", err)
+		}
+		if err := victim.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+		if err := victim.Wait(); err == nil {
+			t.Errorf("%v: tests that were interrupted pass", sig)
+		}
+		left, err := filepath.Glob(fmt.Sprintf("/run/netns/slt%d-*", victim.Process.Pid))
+		if err != nil || len(left) > 0 {
+			t.Errorf("%v: namespaces left: %v, %v", sig, left, err)
+		}
+		if _, err := os.Stat(temp); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%v: temporary files are left in %s: %v", sig, temp, err)
+		}
+		// A zombie has no command line.
+		if cmdline, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", child)); err == nil && strings.Contains(string(cmdline), "3600") {
+			t.Errorf("%v: process %d is left", sig, child)
+		}
 	}
 }
