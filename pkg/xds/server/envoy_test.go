@@ -373,3 +373,59 @@ func TestRealEnvoy(t *testing.T) {
 		return !bytes.Contains(all, []byte("third::"))
 	})
 }
+
+// TestRealEnvoyWorld: an Envoy that asks for the state of the world is served
+// the same changes, rejections and removals.
+func TestRealEnvoyWorld(t *testing.T) {
+	need.Root(t)
+	ns := netnstest.New(t, "world")
+	one, two := serveHTTP(t, ns, "one"), serveHTTP(t, ns, "two")
+	first := mesh{name: "first", port: 18001, backend: one, backendIP: "127.0.0.1", timeout: time.Second}
+	second := mesh{name: "second", port: 18002, backend: two, backendIP: "127.0.0.1", timeout: time.Second}
+	r := startReal(t, ns, func(r *rig) {
+		for _, m := range []mesh{first, second} {
+			r.SetShared("service/"+m.name, m.resources(), time.Now())
+		}
+	})
+	config := bytes.Replace(xds.Bootstrap(), []byte("DELTA_GRPC"), []byte("GRPC"), 1)
+	if bytes.Equal(config, xds.Bootstrap()) {
+		t.Fatal("the bootstrap does not ask for delta xDS")
+	}
+	envoy := envoytest.Start(t, envoytest.Options{Netns: ns.Netns, Config: config})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := envoy.WaitReady(ctx); err != nil {
+		t.Fatal(err)
+	}
+	answers := func(port uint32, want string) {
+		t.Helper()
+		r.until(fmt.Sprintf("port %d answers %q", port, want), func() bool { return ask(ctx, ns, port) == want })
+	}
+	answers(18001, "one")
+	answers(18002, "two")
+
+	// Endpoints and cluster change together.
+	first.backend, first.timeout = two, 2*time.Second
+	r.SetShared("service/first", first.resources(), time.Now())
+	answers(18001, "two")
+
+	// A bad listener is named; what it replaces stays, others change.
+	bad := second
+	bad.filterless = true
+	r.SetShared("service/second", bad.resources(), time.Now())
+	r.until("the bad listener is rejected", func() bool { return slices.Equal(r.rejected(), []string{"listener second"}) })
+	first.backend = one
+	r.SetShared("service/first", first.resources(), time.Now())
+	answers(18001, "one")
+	answers(18002, "two")
+
+	r.SetShared("service/second", nil, time.Now())
+	r.until("the removed service has gone", func() bool {
+		_, all, err := envoy.Get(ctx, "/clusters")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return !bytes.Contains(all, []byte("second::")) && len(r.rejected()) == 0
+	})
+	answers(18001, "one")
+}
