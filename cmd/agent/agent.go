@@ -17,8 +17,9 @@ import (
 	"github.com/sluicemesh/sluice/pkg/xds/server"
 )
 
-// healInterval is how often the kernel is compared with what is wanted. All
-// changes are applied at once; this only mends what others broke.
+// healInterval is how long after one comparison of the kernel with what is
+// wanted the next begins. All changes are applied at once; this only mends what
+// others broke.
 const healInterval = 30 * time.Second
 
 // A translator turns plans into xDS resources. *translate.Translator is one.
@@ -79,12 +80,13 @@ type podCounts struct{ redirected, untouched, failed int }
 // Run brings the node to what the source says once the source has been read,
 // and then follows every change, until ctx ends. It leaves the traffic as it is.
 func (a *agent) Run(ctx context.Context) error {
-	heal := time.NewTicker(healInterval)
+	heal := time.NewTimer(healInterval)
 	defer heal.Stop()
+	surveyed := make(chan survey)
 	changed := make(chan podwatch.Batch)
 	synced := a.store.Synced()
-	var watching sync.WaitGroup
-	defer watching.Wait() // it ends with ctx
+	var others sync.WaitGroup
+	defer others.Wait() // they end with ctx
 	for {
 		select {
 		case <-ctx.Done():
@@ -94,15 +96,26 @@ func (a *agent) Run(ctx context.Context) error {
 			if err := a.start(ctx); err != nil {
 				return err
 			}
-			watching.Go(func() { a.watch(ctx, changed) })
+			others.Go(func() { a.watch(ctx, changed) })
 		case b := <-changed:
 			a.apply(ctx, b.Keys, b.Since)
 		case f := <-a.calls:
 			f()
 		case <-heal.C:
-			if a.ready() {
-				a.heal(ctx)
+			if !a.ready() {
+				heal.Reset(healInterval)
+				continue
 			}
+			// Not here: with many pods it takes long, and ADD must not wait.
+			others.Go(func() {
+				select {
+				case surveyed <- a.survey(ctx):
+				case <-ctx.Done():
+				}
+			})
+		case s := <-surveyed:
+			a.heal(ctx, s)
+			heal.Reset(healInterval)
 		}
 	}
 }
@@ -167,25 +180,48 @@ func (a *agent) start(ctx context.Context) error {
 		a.remember(r.Key())
 	}
 	a.applyServices(keys, now)
-	a.heal(ctx)
+	a.heal(ctx, a.survey(ctx))
 	a.sidecars.SetReady()
 	close(a.started)
 	a.log.Info("node is in the desired state", "services", len(keys), "sandboxes", len(a.boxes.byID))
 	return nil
 }
 
+// A survey is what was installed a moment ago.
+type survey struct {
+	installed []redirect.Installed
+	err       error // some of it could not be read
+}
+
+// survey may be called on any goroutine. It ends in time for the next one, even
+// if a program that it runs hangs.
+func (a *agent) survey(ctx context.Context) survey {
+	ctx, cancel := context.WithTimeout(ctx, healInterval)
+	defer cancel()
+	installed, err := a.redirector.List(ctx)
+	if err != nil {
+		err = fmt.Errorf("list installed workloads: %w", err)
+	}
+	return survey{installed, err}
+}
+
+// whole says whether the survey has found w with nothing missing.
+func (s survey) whole(w redirect.Workload) bool {
+	return slices.ContainsFunc(s.installed, func(i redirect.Installed) bool { return i.Whole(w) })
+}
+
 // heal brings every sandbox of the node, and nothing else, to be redirected as
-// wanted, whatever the kernel has now. What an earlier agent installed for a pod
+// wanted, whatever s says that the kernel has. What an earlier agent installed for a pod
 // stays while it cannot be told what the pod wants: else a bad annotation and a
 // restart would lead the pod's traffic past its proxy.
-func (a *agent) heal(ctx context.Context) {
+func (a *agent) heal(ctx context.Context, s survey) {
 	var keep []redirect.ID
 	for _, box := range a.boxes.all() {
 		if inode, err := netns.Inode(box.Netns); errors.Is(err, redirect.ErrGone) || err == nil && inode != box.NetnsInode {
 			a.forget(ctx, box)
 			continue
 		}
-		if err := a.applyPod(ctx, box, time.Now()); err != nil {
+		if err := a.bring(ctx, box, time.Now(), s); err != nil {
 			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
 			keep = append(keep, redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode})
 		}
@@ -196,7 +232,7 @@ func (a *agent) heal(ctx context.Context) {
 			want = append(want, *s.workload)
 		}
 	}
-	if err := redirect.Reconcile(ctx, a.redirector, want, keep); err != nil {
+	if err := errors.Join(s.err, redirect.Reconcile(ctx, a.redirector, s.installed, want, keep)); err != nil {
 		a.log.Error("redirection differs from what is wanted", "err", err)
 		a.problem("redirection", err)
 		return
@@ -291,7 +327,12 @@ func (a *agent) applyServices(keys []podwatch.Key, since time.Time) {
 // applyPod brings one sandbox to what its pod asks for: first the sidecar's
 // configuration and socket, then redirection. On an error with what the pod
 // asks for, what was in place before stays.
-func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) (err error) {
+func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) error {
+	return a.bring(ctx, box, since, survey{})
+}
+
+// bring is applyPod for who knows already what is installed.
+func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s survey) (err error) {
 	object := "pod " + box.Namespace + "/" + box.Name
 	var partly error // is reported, but keeps no pod from starting
 	defer func() { a.problem(object, errors.Join(err, partly)); a.count() }()
@@ -338,6 +379,11 @@ func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) (err
 	}, resources, since)
 	if err := a.sidecars.Open(sidecar.UID, box.Netns, workload.Policy.ProxyUID); err != nil {
 		return fmt.Errorf("open xDS socket of pod %s: %w", workload.Pod, err)
+	}
+	// A survey does not tell which backend has the pod: once in the agent's life
+	// that must be looked at.
+	if state.workload != nil && s.whole(workload) {
+		return nil
 	}
 	// From here on the pod's traffic is affected.
 	if err := a.redirector.Add(ctx, workload); err != nil {

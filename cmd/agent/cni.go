@@ -93,41 +93,67 @@ func (a *agent) detach(ctx context.Context, id cniapi.AttachmentID) error {
 
 // Check implements cniapi.Handler.
 func (a *agent) Check(ctx context.Context, at cniapi.Attachment) error {
+	var want *redirect.Workload
+	err := a.call(ctx, func() (err error) {
+		want, err = a.wanted(ctx, at)
+		return err
+	})
+	if err != nil || want == nil {
+		return err
+	}
+	if a.checkInstalled(ctx, at.ContainerID, *want) == nil {
+		return nil
+	}
+	// The pod may have been changed meanwhile: nothing else happens while the
+	// loop looks.
 	return a.call(ctx, func() error {
-		if slices.Contains(a.planner.excluded, at.PodNamespace) {
-			return nil
-		}
-		// Before that nothing is known of what sandboxes are to have.
-		if err := a.Status(ctx); err != nil {
+		want, err := a.wanted(ctx, at)
+		if err != nil || want == nil {
 			return err
 		}
-		box, known := a.boxes.byID[at.ContainerID]
-		if !known {
-			return fmt.Errorf("sandbox %s of pod %s/%s is not known to the agent: it was not added, or was deleted", at.ContainerID, at.PodNamespace, at.PodName)
-		}
-		state := a.pods[at.ContainerID]
-		if state == nil || state.workload == nil {
-			if _, problems := a.report(); problems["pod "+box.Namespace+"/"+box.Name] != "" {
-				return errors.New(problems["pod "+box.Namespace+"/"+box.Name])
-			}
-			return nil // not to be redirected
-		}
-		installed, err := a.redirector.List(ctx)
-		if err != nil {
-			return fmt.Errorf("list installed workloads: %w", err)
-		}
-		want := state.workload
-		i := slices.IndexFunc(installed, func(i redirect.Installed) bool { return i.ID == want.ID })
-		switch {
-		case i < 0:
-			return fmt.Errorf("pod %s/%s is not redirected: sandbox %s has no redirection in the kernel", box.Namespace, box.Name, box.ContainerID)
-		case installed[i].Problem != nil:
-			return fmt.Errorf("redirection of pod %s/%s is not whole: %w", box.Namespace, box.Name, installed[i].Problem)
-		case installed[i].Digest != want.Digest():
-			return fmt.Errorf("redirection of pod %s/%s is not what its annotations ask for", box.Namespace, box.Name)
-		}
-		return nil
+		return a.checkInstalled(ctx, at.ContainerID, *want)
 	})
+}
+
+// wanted returns what is to be installed for an attachment, nil if nothing.
+func (a *agent) wanted(ctx context.Context, at cniapi.Attachment) (*redirect.Workload, error) {
+	if slices.Contains(a.planner.excluded, at.PodNamespace) {
+		return nil, nil
+	}
+	// Before that nothing is known of what sandboxes are to have.
+	if err := a.Status(ctx); err != nil {
+		return nil, err
+	}
+	box, known := a.boxes.byID[at.ContainerID]
+	if !known {
+		return nil, fmt.Errorf("sandbox %s of pod %s/%s is not known to the agent: it was not added, or was deleted", at.ContainerID, at.PodNamespace, at.PodName)
+	}
+	state := a.pods[at.ContainerID]
+	if state == nil || state.workload == nil {
+		if _, problems := a.report(); problems["pod "+box.Namespace+"/"+box.Name] != "" {
+			return nil, errors.New(problems["pod "+box.Namespace+"/"+box.Name])
+		}
+		return nil, nil // not to be redirected
+	}
+	return state.workload, nil
+}
+
+// checkInstalled is an error unless the kernel has all of want.
+func (a *agent) checkInstalled(ctx context.Context, containerID string, want redirect.Workload) error {
+	installed, err := a.redirector.List(ctx)
+	if err != nil {
+		return fmt.Errorf("list installed workloads: %w", err)
+	}
+	i := slices.IndexFunc(installed, func(i redirect.Installed) bool { return i.ID == want.ID })
+	switch {
+	case i < 0:
+		return fmt.Errorf("pod %s is not redirected: sandbox %s has no redirection in the kernel", want.Pod, containerID)
+	case installed[i].Problem != nil:
+		return fmt.Errorf("redirection of pod %s is not whole: %w", want.Pod, installed[i].Problem)
+	case installed[i].Digest != want.Digest():
+		return fmt.Errorf("redirection of pod %s is not what its annotations ask for", want.Pod)
+	}
+	return nil
 }
 
 // GC implements cniapi.Handler.

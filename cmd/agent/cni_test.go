@@ -40,7 +40,12 @@ type journal struct {
 	open       map[string]bool         // pods with an xDS socket
 	addrs      map[string][]netip.Addr // told to the source
 	addErr     error                   // of redirection
+	slow       *slowness               // of List, unless nil
 }
+
+// A slowness tells of each List that begins, and lets none end before end is
+// closed.
+type slowness struct{ lists, end chan struct{} }
 
 // note does what an entry is about, with the journal locked.
 func (j *journal) note(entry string, do func()) {
@@ -114,7 +119,18 @@ func (f fakeRedirector) Remove(_ context.Context, id redirect.ID) error {
 	return nil
 }
 
-func (f fakeRedirector) List(context.Context) ([]redirect.Installed, error) {
+func (f fakeRedirector) List(ctx context.Context) ([]redirect.Installed, error) {
+	f.mu.Lock()
+	slow := f.slow
+	f.mu.Unlock()
+	if slow != nil {
+		slow.lists <- struct{}{}
+		select {
+		case <-slow.end:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	var list []redirect.Installed
@@ -663,7 +679,62 @@ func TestBeforeTheSourceIsRead(t *testing.T) {
 	n.wantLeft(t, whole())
 }
 
-// A mistake in an annotation does not take a running pod's redirection away.
+// TestAddDoesNotWaitForAList: to list what is installed takes long with many
+// pods. Neither that nor CHECK keeps pods from starting.
+func TestAddDoesNotWaitForAList(t *testing.T) {
+	web, next := newPod("shop", "web"), newPod("shop", "next")
+	n := readyNode(t, shop(), web, next)
+	mustAdd(t, n, attach(web))
+	slow := &slowness{make(chan struct{}), make(chan struct{})}
+	n.j.note("slow", func() { n.j.slow = slow })
+	surveyed, checked := make(chan survey, 1), make(chan error, 1)
+	go func() { surveyed <- n.survey(t.Context()) }()
+	go func() { checked <- n.Check(t.Context(), attach(web)) }()
+	<-slow.lists
+	<-slow.lists
+	n.j.note("fast again", func() { n.j.slow = nil })
+	mustAdd(t, n, attach(next))
+	close(slow.end)
+	if err := <-checked; err != nil {
+		t.Errorf("Check: %v", err)
+	}
+	// What the survey, which is older than this ADD, does not know stays, and
+	// what it has found whole is not touched.
+	s := <-surveyed
+	s.installed = slices.DeleteFunc(s.installed, func(i redirect.Installed) bool { return i.ID.PodUID == next.UID })
+	n.j.reset()
+	if err := n.call(t.Context(), func() error { n.heal(t.Context(), s); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	if got := n.j.since("redirect uid-web", "release"); got != nil {
+		t.Errorf("with an old survey the agent did %q", got)
+	}
+	if got := n.left(t).Installed; !slices.Equal(got, []string{"uid-next", "uid-web"}) {
+		t.Errorf("installed: %q", got)
+	}
+}
+
+// TestHealAfterAListThatFailed: what could be listed is mended, and what could
+// not is reported.
+func TestHealAfterAListThatFailed(t *testing.T) {
+	web := newPod("shop", "web")
+	n := readyNode(t, shop(), web)
+	mustAdd(t, n, attach(web))
+	stray := redirect.Installed{ID: redirect.ID{PodUID: "uid-gone"}, Pod: "shop/gone"}
+	n.j.note("break", func() {
+		clear(n.j.installed)
+		n.j.installed[stray.ID] = stray
+	})
+	s := survey{installed: []redirect.Installed{stray}, err: errors.New("read record x: unexpected end")}
+	if err := n.call(t.Context(), func() error { n.heal(t.Context(), s); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	n.wantLeft(t, whole())
+	if _, problems := n.report(); !strings.Contains(problems["redirection"], "record x") {
+		t.Errorf("problems %q do not name the record", problems)
+	}
+}
+
 // TestRestartWithABadAnnotation: what an earlier agent installed for a pod stays
 // while its annotations cannot be read, and what nobody asks for goes.
 func TestRestartWithABadAnnotation(t *testing.T) {
@@ -698,6 +769,7 @@ func TestRestartWithABadAnnotation(t *testing.T) {
 	}
 }
 
+// A mistake in an annotation does not take a running pod's redirection away.
 func TestBadAnnotationOnARunningPod(t *testing.T) {
 	web := newPod("shop", "web", "sluice.dev/exclude-outbound-ports", "9090")
 	n := readyNode(t, shop(), web)

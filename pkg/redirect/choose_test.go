@@ -262,7 +262,7 @@ func TestRestartFindsBothBackends(t *testing.T) {
 	if len(list) != 2 || list[0].ID != a.ID || list[0].Problem == nil || list[1].ID != b.ID || list[1].Problem != nil {
 		t.Errorf("List() = %+v", list)
 	}
-	if err := Reconcile(t.Context(), c, []Workload{a}, nil); err != nil {
+	if err := Reconcile(t.Context(), c, list, []Workload{a}, nil); err != nil {
 		t.Fatal(err)
 	}
 	if len(w.ebpf.have) != 1 || len(w.iptables.have) != 0 {

@@ -8,15 +8,13 @@ import (
 	"strings"
 )
 
-// Reconcile brings r from what it has to exactly want: what is absent or not
-// whole or different is added, what is not wanted is removed, the rest is not
-// touched, nor what is installed under an ID in keep. It goes on after an error with one workload and returns all of them
-// joined. Workloads whose namespace is gone are skipped without an error.
-func Reconcile(ctx context.Context, r Redirector, want []Workload, keep []ID) error {
-	installed, err := r.List(ctx)
-	if err != nil {
-		return fmt.Errorf("list installed workloads: %w", err)
-	}
+// Reconcile brings r from installed, which List has returned, to exactly want:
+// what is absent or not whole or different is added, what is not wanted is
+// removed, the rest is not touched, nor what is installed under an ID in keep.
+// What changed since List does no harm: Add and Remove look for themselves. It
+// goes on after an error with one workload and returns all of them joined.
+// Workloads whose namespace is gone are skipped without an error.
+func Reconcile(ctx context.Context, r Redirector, installed []Installed, want []Workload, keep []ID) error {
 	have := make(map[ID]Installed, len(installed))
 	for _, i := range installed {
 		have[i.ID] = i
@@ -28,7 +26,7 @@ func Reconcile(ctx context.Context, r Redirector, want []Workload, keep []ID) er
 	for _, w := range want {
 		i, ok := have[w.ID]
 		delete(have, w.ID)
-		if ok && i.Problem == nil && i.Digest == w.Digest() {
+		if ok && i.Whole(w) {
 			continue
 		}
 		if err := r.Add(ctx, w); err != nil && !errors.Is(err, ErrGone) {

@@ -75,6 +75,11 @@ type Installed struct {
 	Problem error
 }
 
+// Whole says whether i is w, with nothing missing.
+func (i Installed) Whole(w Workload) bool {
+	return i.ID == w.ID && i.Problem == nil && i.Digest == w.Digest()
+}
+
 // A Redirector steers the TCP connections of workloads on this node to their
 // Envoy. Methods are idempotent and safe for concurrent use. They return an
 // error wrapping ErrGone if the pod's network namespace has vanished; do not
@@ -88,7 +93,8 @@ type Redirector interface {
 	// also when the namespace is gone already. No-op if absent.
 	Remove(ctx context.Context, id ID) error
 	// List reads back from the kernel, not from memory, what is installed,
-	// sorted by ID, also what an earlier agent installed.
+	// sorted by ID, also what an earlier agent installed. With an error it
+	// returns what it could read.
 	List(ctx context.Context) ([]Installed, error)
 	// Close frees handles and leaves the redirection in place.
 	Close() error

@@ -357,16 +357,16 @@ func (r *Redirector) uninstall(ctx context.Context, rec record, drain bool) (ali
 
 // List implements redirect.Redirector.
 func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
-	all, err := r.records.all()
-	if err != nil {
-		return nil, err
-	}
+	all, unread := r.records.all()
 	var g errgroup.Group
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	problems := make([]error, len(all))
 	for i, rec := range all {
 		if rec.Draining {
-			g.Go(func() error { return r.drained(ctx, rec.ID) })
+			g.Go(func() error {
+				problems[i] = r.drained(ctx, rec.ID)
+				return nil
+			})
 			continue
 		}
 		g.Go(func() error {
@@ -375,16 +375,15 @@ func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
+	err := errors.Join(unread, g.Wait())
 	var list []redirect.Installed
 	for i, rec := range all {
-		if !rec.Draining {
+		// Of what Remove has left only what will not go is of interest.
+		if !rec.Draining || problems[i] != nil {
 			list = append(list, redirect.Installed{ID: rec.ID, Pod: rec.Pod, Netns: rec.Netns, Digest: rec.Digest, Problem: problems[i]})
 		}
 	}
-	return list, nil
+	return list, err
 }
 
 // drained ends what Remove has left for the sake of connections, if it was not

@@ -154,6 +154,23 @@ func TestLostRecordIsFoundInTheRules(t *testing.T) {
 	}
 }
 
+// TestBrokenRecord: one record that cannot be read hides no other.
+func TestBrokenRecord(t *testing.T) {
+	dir := t.TempDir()
+	r, _, w := setupIn(t, dir)
+	mustAdd(t, r, w)
+	if err := os.WriteFile(filepath.Join(dir, "broken.json"), []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	list, err := r.List(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "broken") {
+		t.Errorf("error %v does not name the record", err)
+	}
+	if len(list) != 1 || !list[0].Whole(w) {
+		t.Errorf("List() = %+v, want the other workload", list)
+	}
+}
+
 func TestUninstall(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
 	r, pod, w := setupIn(t, dir)
