@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -39,6 +40,14 @@ func runAgent(ctx context.Context, e env, args []string) (err error) {
 	if err != nil {
 		return fmt.Errorf("open source: %w", err)
 	}
+	if err := os.MkdirAll(c.kernel.stateDir, 0o755); err != nil {
+		return fmt.Errorf("make state directory: %w", err)
+	}
+	unlock, err := lockState(c.kernel.stateDir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	chosen, err := openRedirection(c, log)
 	if err != nil {
 		return err
@@ -162,12 +171,19 @@ func hasIPv6() bool {
 func iptablesState(k kernelConfig) string { return filepath.Join(k.stateDir, "iptables") }
 
 // runUninstall is `sluice-agent uninstall`. It goes on after an error: as much
-// as can be removed is removed.
+// as can be removed is removed. Beside an agent, which would put things back, it
+// does nothing.
 func runUninstall(ctx context.Context, e env, args []string) error {
 	var k kernelConfig
-	fs := flags(e, "uninstall")
-	k.register(fs)
-	if err := parse(fs, e, args); err != nil {
+	set := flags(e, "uninstall")
+	k.register(set)
+	if err := parse(set, e, args); err != nil {
+		return err
+	}
+	switch unlock, err := lockState(k.stateDir); {
+	case err == nil:
+		defer unlock()
+	case !errors.Is(err, fs.ErrNotExist):
 		return err
 	}
 	log := newLogger(e, config{logFormat: "text"})

@@ -12,7 +12,10 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
+	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 )
 
@@ -75,6 +78,25 @@ type sandboxes struct {
 	byID map[string]sandbox // by container ID
 }
 
+// lockState makes this process the one that uses the state directory, until it
+// calls unlock or ends. A second agent would take away what the first one does
+// for pods that only that one knows.
+func lockState(dir string) (unlock func(), err error) {
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open state directory %s: %w", dir, err)
+	}
+	err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = errors.New("another sluice-agent is using it, end that first")
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("lock state directory %s: %w", dir, err)
+	}
+	return func() { _ = unix.Close(fd) }, nil
+}
+
 // loadSandboxes reads what an earlier agent left in dir, which is made if it is
 // absent. Sandboxes whose network namespace is gone are forgotten, as are files
 // that cannot be read: they are returned as one error beside the rest.
@@ -100,7 +122,9 @@ func loadSandboxes(dir string) (*sandboxes, error) {
 			continue
 		}
 		// A path may lead to another namespace by now: only the inode tells.
-		if inode, err := netns.Inode(box.Netns); err != nil || inode != box.NetnsInode {
+		// What cannot be looked at just now may well live.
+		inode, err := netns.Inode(box.Netns)
+		if errors.Is(err, redirect.ErrGone) || err == nil && inode != box.NetnsInode {
 			errs = append(errs, os.Remove(file))
 			continue
 		}

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -10,6 +12,42 @@ import (
 	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 )
+
+// TestOneAgentAtATime: a second agent on the same state would undo what the
+// first does, and so would an uninstall beside it.
+func TestOneAgentAtATime(t *testing.T) {
+	dir := t.TempDir()
+	state, pins := filepath.Join(dir, "state"), filepath.Join(dir, "bpf", "sluice")
+	uninstall := func() (int, string) {
+		code, _, stderr := runMain(t, nil, "uninstall", "--state-dir", state, "--pin-dir", pins, "--cni-socket", filepath.Join(dir, "cni.sock"))
+		return code, stderr
+	}
+	if code, stderr := uninstall(); code != 0 {
+		t.Errorf("uninstall of nothing: exit code %d: %s", code, stderr)
+	}
+	if err := os.Mkdir(state, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := lockState(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := state + ": another sluice-agent is using it"
+	if code, stderr := uninstall(); code != 1 || !strings.Contains(stderr, want) {
+		t.Errorf("uninstall beside an agent: exit code %d: %s", code, stderr)
+	}
+	code, _, stderr := runMain(t, nil, "run", "--source", "files:"+dir, "--node", "n", "--state-dir", state, "--pin-dir", pins)
+	if code != 1 || !strings.Contains(stderr, want) {
+		t.Errorf("run beside an agent: exit code %d: %s", code, stderr)
+	}
+	unlock()
+	if code, stderr := uninstall(); code != 0 {
+		t.Errorf("uninstall afterwards: exit code %d: %s", code, stderr)
+	}
+	if _, err := os.Stat(state); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the state directory is still there: %v", err)
+	}
+}
 
 // TestSandboxesSurviveRestart: what one agent stored the next one loads, but
 // for sandboxes whose namespace is gone or another by now, and broken files.
@@ -28,11 +66,15 @@ func TestSandboxesSurviveRestart(t *testing.T) {
 		ContainerID: "lives", Namespace: "a", Name: "p", PodUID: "u", Netns: own, NetnsInode: inode,
 		Attachments: map[string]attachment{"eth0": {Network: "pods", Interfaces: []cniapi.Interface{{Name: "eth0"}}}},
 	}
+	// Its namespace cannot be looked at: a name that the kernel refuses stands
+	// for a moment without file descriptors.
+	unseen := lives
+	unseen.ContainerID, unseen.Netns = "unseen", "/"+strings.Repeat("x", 300)
 	replaced, gone, deleted := lives, lives, lives
 	replaced.ContainerID, replaced.NetnsInode = "replaced", inode+1
 	gone.ContainerID, gone.Netns = "gone", filepath.Join(dir, "no-such-netns")
 	deleted.ContainerID = "deleted"
-	for _, box := range []sandbox{lives, replaced, gone, deleted} {
+	for _, box := range []sandbox{lives, unseen, replaced, gone, deleted} {
 		if err := s.put(box); err != nil {
 			t.Fatal(err)
 		}
@@ -51,14 +93,14 @@ func TestSandboxesSurviveRestart(t *testing.T) {
 	if again == nil || err == nil {
 		t.Fatalf("loading beside a broken file: sandboxes %v, error %v; want both", again, err)
 	}
-	if diff := cmp.Diff([]sandbox{lives}, again.all()); diff != "" {
+	if diff := cmp.Diff([]sandbox{lives, unseen}, again.all()); diff != "" {
 		t.Errorf("sandboxes after a restart, -want +got:\n%s", diff)
 	}
 	left, err := filepath.Glob(filepath.Join(dir, "*"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{filepath.Join(dir, "lives.json")}, left); diff != "" {
+	if diff := cmp.Diff([]string{filepath.Join(dir, "lives.json"), filepath.Join(dir, "unseen.json")}, left); diff != "" {
 		t.Errorf("files left, -want +got:\n%s", diff)
 	}
 }
