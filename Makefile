@@ -54,7 +54,9 @@ generate: ## Compile bpf/ into pkg/redirect/bpf (clang 19; the results are commi
 ##@ Check
 test: ## Every test that this machine can run; what it lacks is named (CI=1: fails)
 	OPTIONAL=1 $(SETUP) envoy cni iptables iproute gcc
-	@rc=0; for tests in test-parallel test-serial; do $(MAKE) $$tests || rc=1; done; exit $$rc
+	@missing=$$(mktemp); export SLUICE_TEST_MISSING=$$missing; \
+	rc=0; for tests in test-parallel test-serial; do $(MAKE) $$tests || rc=1; done; \
+	sort $$missing | uniq -c | sed -E 's/^ *([0-9]+) /skipped \1 times for want of /'; rm -f $$missing; exit $$rc
 
 test-parallel: ## Only what needs no namespaces of its own: race detector on
 	@race=-race; command -v gcc >/dev/null || { race=; echo "no gcc: race detector off" >&2; }; \

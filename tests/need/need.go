@@ -1,6 +1,7 @@
 package need
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,7 +15,7 @@ import (
 func Root(tb testing.TB) {
 	tb.Helper()
 	if os.Geteuid() != 0 {
-		missing(tb, "root: run the test as UID 0")
+		Missing(tb, "root: run the test as UID 0")
 	}
 }
 
@@ -28,7 +29,7 @@ func EBPF(tb testing.TB) {
 	}
 	for _, fs := range []string{"cgroup2", "bpf"} {
 		if !slices.Contains(strings.Fields(string(b)), fs) {
-			missing(tb, "a kernel with the file system "+fs)
+			Missing(tb, "a kernel with the file system "+fs)
 		}
 	}
 }
@@ -45,7 +46,7 @@ func Tool(tb testing.TB, name string) string {
 			return p
 		}
 	}
-	missing(tb, "the program "+name)
+	Missing(tb, "the program "+name)
 	return ""
 }
 
@@ -58,7 +59,7 @@ func Envoy(tb testing.TB) string {
 		p = filepath.Join(Repo(tb), ".tools", "envoy", "envoy")
 	}
 	if !executable(p) {
-		missing(tb, "Envoy at "+p)
+		Missing(tb, "Envoy at "+p)
 	}
 	return p
 }
@@ -70,7 +71,7 @@ func CNIPlugins(tb testing.TB) string {
 	dir := filepath.Join(Repo(tb), ".tools", "cni")
 	for _, name := range []string{"bridge", "host-local", "loopback"} {
 		if p := filepath.Join(dir, name); !executable(p) {
-			missing(tb, "the CNI plugin "+p)
+			Missing(tb, "the CNI plugin "+p)
 		}
 	}
 	return dir
@@ -96,13 +97,30 @@ func Repo(tb testing.TB) string {
 	}
 }
 
-// missing skips, or fails where nothing may be skipped.
-func missing(tb testing.TB, what string) {
+// Missing ends the test for want of something that it has looked for itself: it
+// skips, or fails where nothing may be skipped. "go test" shows skips only with
+// -v, so what was missing is also added as a line to the file that
+// SLUICE_TEST_MISSING names, if it does.
+func Missing(tb testing.TB, what string) {
 	tb.Helper()
 	if os.Getenv("CI") != "" {
 		tb.Fatalf("needs %s (skipped where CI is not set)", what)
 	}
+	if path := os.Getenv("SLUICE_TEST_MISSING"); path != "" {
+		if err := note(path, what); err != nil {
+			tb.Errorf("note what is missing: %v", err)
+		}
+	}
 	tb.Skipf("needs %s", what)
+}
+
+func note(path, what string) error {
+	f, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(strings.ReplaceAll(what, "\n", "; ") + "\n")
+	return errors.Join(err, f.Close())
 }
 
 func executable(path string) bool {

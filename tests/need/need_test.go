@@ -27,6 +27,7 @@ func (r *recorder) end(how string) {
 func TestMissingToolSkipsOrFails(t *testing.T) {
 	for _, tc := range []struct{ ci, want string }{{"", "skip"}, {"true", "fatal"}} {
 		t.Setenv("CI", tc.ci)
+		t.Setenv("SLUICE_TEST_MISSING", "")
 		r := &recorder{TB: t}
 		need.Tool(r, "no-such-program-of-sluice")
 		if r.ended != tc.want {
@@ -35,8 +36,22 @@ func TestMissingToolSkipsOrFails(t *testing.T) {
 	}
 }
 
+func TestMissingIsNoted(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "missing")
+	if err := os.WriteFile(path, []byte("before\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("CI", "")
+	t.Setenv("SLUICE_TEST_MISSING", path)
+	need.Missing(&recorder{TB: t}, "one thing,\nand another")
+	if b, err := os.ReadFile(path); err != nil || string(b) != "before\none thing,; and another\n" {
+		t.Errorf("noted %q, %v", b, err)
+	}
+}
+
 func TestEnvoyFromEnvironment(t *testing.T) {
 	t.Setenv("CI", "")
+	t.Setenv("SLUICE_TEST_MISSING", "")
 	path := filepath.Join(t.TempDir(), "envoy")
 	t.Setenv("SLUICE_ENVOY", path)
 	r := &recorder{TB: t}

@@ -2,6 +2,7 @@ package iptables_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"testing"
 
@@ -34,12 +35,12 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-// needLegacy skips on kernels that are built without legacy iptables.
+// needLegacy demands a kernel that is built with legacy iptables.
 func needLegacy(t *testing.T) {
 	t.Helper()
 	err := iptables.Probe(iptables.Options{Variant: iptables.VariantLegacy})
 	if errors.Is(err, redirect.ErrNotSupported) {
-		t.Skipf("needs a kernel with legacy iptables: %v", err)
+		need.Missing(t, fmt.Sprintf("a kernel with legacy iptables: %v", err))
 	}
 	if err != nil {
 		t.Fatal(err)

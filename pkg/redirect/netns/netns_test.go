@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/tests/need"
 )
 
 const own = "/proc/thread-self/ns/net"
@@ -53,12 +54,7 @@ func TestInode(t *testing.T) {
 }
 
 func TestDo(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("CI") != "" {
-			t.Fatal("needs root")
-		}
-		t.Skip("needs root")
-	}
+	need.Root(t)
 	path := newNamespace(t)
 	want, err := Inode(path)
 	if err != nil {
