@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
@@ -362,6 +363,22 @@ func TestImports(t *testing.T) {
 		if strings.HasPrefix(dep, own) && dep != own+"cmd/cni" && dep != own+"pkg/podwatch/cniapi" {
 			t.Errorf("imports %s", dep)
 		}
+	}
+}
+
+// TestStartup: the best of some starts, since the machine has other work too.
+func TestStartup(t *testing.T) {
+	dir := build(t)
+	best := time.Hour
+	for range 20 {
+		start := time.Now()
+		if c := execute(t, dir, "", "CNI_COMMAND=VERSION"); c.code != 0 {
+			t.Fatalf("%+v", c)
+		}
+		best = min(best, time.Since(start))
+	}
+	if best > 20*time.Millisecond {
+		t.Errorf("the plugin takes %v to start, answer VERSION and end; want at most 20 ms", best)
 	}
 }
 
