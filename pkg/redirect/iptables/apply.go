@@ -3,6 +3,7 @@ package iptables
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -10,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -149,11 +151,17 @@ func draining(v4 bool) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("list connections: %w", err)
 	}
-	out, in := fmt.Sprintf(":%04X", redirect.OutboundPort), fmt.Sprintf(":%04X", redirect.InboundPort)
+	// REDIRECT leads what the pod dials to loopback. A connection to 15001 of
+	// another address came there without it: of the backend that took over.
+	loopback := hexWords(netip.MustParseAddr("127.0.0.1"))
+	if !v4 {
+		loopback = hexWords(netip.IPv6Loopback())
+	}
+	out, in := fmt.Sprintf("%s:%04X", loopback, redirect.OutboundPort), fmt.Sprintf(":%04X", redirect.InboundPort)
 	for line := range strings.Lines(string(b)) {
 		// number, local address, remote address, state
 		f := strings.Fields(line)
-		if len(f) < 4 || !strings.HasSuffix(f[1], out) && !strings.HasSuffix(f[1], in) {
+		if len(f) < 4 || f[1] != out && !strings.HasSuffix(f[1], in) {
 			continue
 		}
 		const timeWait, closed, listen = "06", "07", "0A"
@@ -162,6 +170,16 @@ func draining(v4 bool) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// hexWords returns an address as the kernel prints it: words of 32 bits in the
+// host's byte order.
+func hexWords(a netip.Addr) string {
+	var s strings.Builder
+	for word := range slices.Chunk(a.AsSlice(), 4) {
+		fmt.Fprintf(&s, "%08X", binary.NativeEndian.Uint32(word))
+	}
+	return s.String()
 }
 
 // proxySource is the address from which Envoy hands IPv6 connections to the

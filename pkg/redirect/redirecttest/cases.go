@@ -68,6 +68,18 @@ func outboundCases() []testCase {
 			defer func() { _ = c.Close() }()
 			e.wantOutbound(c, e.answer(c), e.peerPort(appPort))
 		}},
+		{name: "outbound/fast open", proxy: tell, run: func(e *env) {
+			// A connection without a call of connect(2).
+			fd := e.rawSocket(e.pod.Namespace, socket{domain: e.domain()})
+			err := e.pod.Do(func() error {
+				return unix.Sendto(fd, []byte("hello"), unix.MSG_FASTOPEN, sockaddr(e.domain(), e.peerPort(appPort)))
+			})
+			if err != nil {
+				e.Fatalf("send with MSG_FASTOPEN: %v", err)
+			}
+			c := e.conn(fd)
+			e.wantOutbound(c, e.answer(c), e.peerPort(appPort))
+		}},
 		{
 			name: "outbound/bound to a device", proxy: tell,
 			skip: map[redirect.Backend]string{

@@ -5,7 +5,10 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/redirect/bpf"
@@ -113,10 +116,36 @@ func TestMove(t *testing.T) {
 		e.proxy.stop()
 		e.wantClean(clean)
 	}}
+	// What iptables leaves for the connections that it has redirected goes with
+	// them, although the pod has connections all the time.
+	drains := testCase{name: "drains", byHand: true, run: func(e *env) {
+		e.add(func(p *redirect.Policy) { p.Backend = redirect.BackendIPTables })
+		e.startProxy(tell)
+		old, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
+		e.wantProxy(a, redirect.OutboundPort, e.peerPort(appPort))
+		e.add(func(p *redirect.Policy) { p.Backend = redirect.BackendEBPF })
+		out, _ := e.connect(e.pod.Namespace, e.peerPort(appPort))
+		in, _ := e.connect(e.peer.Namespace, e.podPort(appPort))
+		rules := func() bool {
+			e.installed(e.r)
+			return slices.ContainsFunc(e.pod.State(e), func(s string) bool { return strings.Contains(s, "SLUICE_") })
+		}
+		if !rules() {
+			e.Error("nothing is left for a connection that needs the kernel's NAT")
+		}
+		e.wantAlive(old, out, in)
+		_ = old.Close()
+		for deadline := time.Now().Add(askTimeout); rules(); {
+			if time.Now().After(deadline) {
+				e.Fatal("rules are left that no connection needs")
+			}
+		}
+		e.wantAlive(out, in)
+	}}
 	node := netnstest.NewNode(t)
 	for name, v4 := range map[string]bool{"v4": true, "v6": false} {
 		t.Run(name, func(t *testing.T) {
-			for _, tc := range []testCase{moves, toApp} {
+			for _, tc := range []testCase{moves, toApp, drains} {
 				t.Run(tc.name, func(t *testing.T) {
 					runCase(t, tc, &env{T: t, r: c, v4: v4, node: node})
 				})
