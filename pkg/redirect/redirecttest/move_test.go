@@ -19,8 +19,9 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(Main(m)) }
 
-// openBoth returns a Chosen over both real backends.
-func openBoth(t *testing.T) *redirect.Chosen {
+// both returns options for a Chosen over both real backends, which keep what
+// they install until the test ends.
+func both(t *testing.T) redirect.Options {
 	t.Helper()
 	need.EBPF(t)
 	need.Tool(t, "iptables-restore")
@@ -35,12 +36,19 @@ func openBoth(t *testing.T) *redirect.Chosen {
 			t.Errorf("uninstall: %v", err)
 		}
 	})
-	c, err := redirect.Choose(redirect.Options{
+	return redirect.Options{
 		NewEBPF: func() (redirect.Redirector, error) { return bpf.New(o) },
 		NewIPTables: func() (redirect.Redirector, error) {
 			return iptables.New(iptables.Options{StateDir: filepath.Join(dir, "iptables")})
 		},
-	})
+		Left: func(redirect.Backend) bool { return true },
+	}
+}
+
+// choose opens the backend that o asks for.
+func choose(t *testing.T, o redirect.Options) *redirect.Chosen {
+	t.Helper()
+	c, err := redirect.Choose(o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,10 +60,53 @@ func openBoth(t *testing.T) *redirect.Chosen {
 	return c
 }
 
+// TestNodesBackendChanges restarts with another backend for the node, and back.
+// Pods that ask for none move, with their connections.
+func TestNodesBackendChanges(t *testing.T) {
+	o := both(t)
+	restarts := testCase{name: "restarts", byHand: true, run: func(e *env) {
+		clean := e.pod.State(e)
+		e.startProxy(tell)
+		var open []net.Conn
+		for _, o.Node = range []redirect.Backend{redirect.BackendEBPF, redirect.BackendIPTables, redirect.BackendEBPF} {
+			e.r = choose(t, o)
+			before, installed := e.installed(e.r)
+			if installed && before.Problem != nil {
+				e.Errorf("%s finds a problem: %v", o.Node, before.Problem)
+			}
+			e.add(nil)
+			e.wantWhole(e.r)
+			e.wantAlive(open...)
+			if byRules := slices.ContainsFunc(e.pod.State(e), func(s string) bool { return strings.Contains(s, "SLUICE_OUTPUT") }); byRules != (o.Node == redirect.BackendIPTables) {
+				e.Errorf("%s: the pod has rules: %v", o.Node, byRules)
+			}
+			out, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
+			e.wantOutbound(out, a, e.peerPort(appPort))
+			in, a := e.connect(e.peer.Namespace, e.podPort(appPort))
+			e.wantInbound(a, e.podPort(appPort), e.peerAddr())
+			open = append(open, out, in)
+		}
+		for _, c := range open {
+			_ = c.Close()
+		}
+		if err := e.r.Remove(e.Context(), e.w.ID); err != nil {
+			e.Fatalf("remove: %v", err)
+		}
+		e.proxy.stop()
+		e.wantClean(clean)
+	}}
+	node := netnstest.NewNode(t)
+	for name, v4 := range map[string]bool{"v4": true, "v6": false} {
+		t.Run(name, func(t *testing.T) {
+			runCase(t, restarts, &env{T: t, r: choose(t, o), v4: v4, node: node})
+		})
+	}
+}
+
 // TestMove moves a pod between the real backends and back. Connections of every
 // stage live on, new ones are always captured.
 func TestMove(t *testing.T) {
-	c := openBoth(t)
+	c := choose(t, both(t))
 	if c.Backend() != redirect.BackendEBPF {
 		t.Fatalf("needs eBPF: %s", c.Reason())
 	}
