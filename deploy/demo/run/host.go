@@ -30,11 +30,11 @@ func runHost(ctx context.Context, o options) (err error) {
 		return err
 	}
 	out := newPrinter(os.Stdout)
-	lock, err := os.OpenFile("/run/sluice-demo.lock", os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
+	lock, err := os.OpenFile(lockFile, os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o600)
 	if err != nil {
 		return fmt.Errorf("open lock: %w", err)
 	}
-	defer func() { err = errors.Join(err, os.Remove(lock.Name()), lock.Close()) }()
+	defer func() { err = errors.Join(err, removeLock(), lock.Close()) }()
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return errors.New("another demo is running")
 	}
@@ -131,6 +131,16 @@ func showLogs(out *printer) error {
 		for _, l := range lines[max(0, len(lines)-15):] {
 			out.line("    %.400s", l)
 		}
+	}
+	return nil
+}
+
+// lockFile keeps a second demo away. It outlives one that is killed.
+const lockFile = "/run/sluice-demo.lock"
+
+func removeLock() error {
+	if err := os.Remove(lockFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
 	}
 	return nil
 }

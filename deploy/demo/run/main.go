@@ -60,7 +60,7 @@ func run(ctx context.Context, args []string) error {
 	case "node": // the part of run that is inside the node's network namespace
 		return runNode(ctx, o)
 	case "clean":
-		return clean(o)
+		return errors.Join(clean(o), removeLock())
 	case "exec":
 		if fs.NArg() < 2 {
 			return errUsage
