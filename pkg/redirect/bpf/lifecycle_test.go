@@ -535,7 +535,7 @@ func TestRemoveAfterDeathInBetween(t *testing.T) {
 // it has begun.
 func TestFull(t *testing.T) {
 	o := newOptions(t)
-	o.Sizes = Sizes{Handover: 1, Ports: 8}
+	o.Sizes = Sizes{Handover: 1, Ports: 8, CIDRs: 4}
 	node := netnstest.NewNode(t)
 	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
 	proxy(t, pod)
@@ -556,8 +556,15 @@ func TestFull(t *testing.T) {
 	for port := range uint16(20) {
 		big.Policy.Outbound.ExcludePorts.List = append(big.Policy.Outbound.ExcludePorts.List, 100+port)
 	}
-	if err := r.Add(t.Context(), big); err == nil {
-		t.Fatal("Add of 20 ports in a map of 8 succeeds")
+	if err := r.Add(t.Context(), big); err == nil || !strings.Contains(err.Error(), "map ports: all 8 entries are in use") {
+		t.Fatalf("Add of 20 ports in a map of 8: %v", err)
+	}
+	big = w
+	for i := range byte(20) {
+		big.Policy.Outbound.ExcludeCIDRs.List = append(big.Policy.Outbound.ExcludeCIDRs.List, netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, i}), 32))
+	}
+	if err := r.Add(t.Context(), big); err == nil || !strings.Contains(err.Error(), "map cidrs: all 4 entries are in use") {
+		t.Fatalf("Add of 20 prefixes in a map of 4: %v", err)
 	}
 	list, err := r.List(t.Context())
 	if err != nil || len(list) != 1 || list[0].Digest != w.Digest() || list[0].Problem != nil {

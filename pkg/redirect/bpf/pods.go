@@ -118,8 +118,8 @@ func (r *Redirector) add(cookie uint64, w redirect.Workload, meta *redirectSlMet
 			err = errors.Join(err, r.store.deletePolicy(pod.Policy, t.entries()))
 		}
 	}()
-	if err := r.store.PodMeta.Put(cookie, meta); err != nil {
-		return fmt.Errorf("write map %s: %w", redirectMapPodMeta, err)
+	if err := write(r.store.PodMeta, redirectMapPodMeta, cookie, meta, ebpf.UpdateAny); err != nil {
+		return err
 	}
 	if err := r.addStats(cookie); err != nil {
 		return err
@@ -128,13 +128,13 @@ func (r *Redirector) add(cookie uint64, w redirect.Workload, meta *redirectSlMet
 		return err
 	}
 	for _, a := range pod.addrs() {
-		if err := r.store.PodIps.Put(&redirectSlAddr{Byte: a.As16()}, cookie); err != nil {
-			return fmt.Errorf("write map %s: %w", redirectMapPodIps, err)
+		if err := write(r.store.PodIps, redirectMapPodIps, &redirectSlAddr{Byte: a.As16()}, cookie, ebpf.UpdateAny); err != nil {
+			return err
 		}
 	}
 	// After this line the pod's traffic is redirected as w says.
-	if err := r.store.Pods.Put(cookie, pod); err != nil {
-		return fmt.Errorf("write map %s: %w", redirectMapPods, err)
+	if err := write(r.store.Pods, redirectMapPods, cookie, pod, ebpf.UpdateAny); err != nil {
+		return err
 	}
 	live = true
 	return r.trim(cookie, w, pod, old)
@@ -146,11 +146,11 @@ func (r *Redirector) addStats(cookie uint64) error {
 	if err != nil {
 		return fmt.Errorf("count CPUs: %w", err)
 	}
-	err = r.store.Stats.Update(cookie, make([]redirectSlStats, cpus), ebpf.UpdateNoExist)
-	if err != nil && !errors.Is(err, ebpf.ErrKeyExist) {
-		return fmt.Errorf("write map %s: %w", redirectMapStats, err)
+	err = write(r.store.Stats, redirectMapStats, cookie, make([]redirectSlStats, cpus), ebpf.UpdateNoExist)
+	if errors.Is(err, ebpf.ErrKeyExist) {
+		return nil
 	}
-	return nil
+	return err
 }
 
 // trim removes what old had and pod has no more.

@@ -255,13 +255,13 @@ func (s *store) writePolicy(t table) (id uint64, err error) {
 	} {
 		for port, match := range list {
 			k := redirectSlPortKey{Policy: id, Direction: direction, Port: port}
-			if err := s.Ports.Put(&k, match); err != nil {
+			if err := write(s.Ports, redirectMapPorts, &k, match, ebpf.UpdateAny); err != nil {
 				return id, fmt.Errorf("store port %d of policy: %w", port, err)
 			}
 		}
 	}
 	for prefix, match := range t.cidrs {
-		if err := s.Cidrs.Put(cidrKey(id, prefix), match); err != nil {
+		if err := write(s.Cidrs, redirectMapCidrs, cidrKey(id, prefix), match, ebpf.UpdateAny); err != nil {
 			return id, fmt.Errorf("store prefix %s of policy: %w", prefix, err)
 		}
 	}
@@ -318,6 +318,19 @@ func (s *store) deletePolicies(match func(policy uint64) bool) error {
 		return fmt.Errorf("delete old policy: %w", err)
 	}
 	return nil
+}
+
+// write writes an entry. The kernel says in two ways, both of them strange, that
+// a map is full.
+func write(m *ebpf.Map, name string, key, value any, flags ebpf.MapUpdateFlags) error {
+	err := m.Update(key, value, flags)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, unix.E2BIG), errors.Is(err, unix.ENOSPC):
+		return fmt.Errorf("write map %s: all %d entries are in use: %w", name, m.MaxEntries(), err)
+	}
+	return fmt.Errorf("write map %s: %w", name, err)
 }
 
 // deleteKey deletes an entry that may be gone already.
