@@ -2,6 +2,7 @@ package redirecttest
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -17,7 +18,13 @@ import (
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
-func TestMain(m *testing.M) { os.Exit(Main(m)) }
+func TestMain(m *testing.M) {
+	if config, ok := os.LookupEnv(churnEnv); ok {
+		fmt.Fprintln(os.Stderr, "churn:", churn(config))
+		os.Exit(1)
+	}
+	os.Exit(Main(m))
+}
 
 // both returns options for a Chosen over both real backends, which keep what
 // they install until the test ends.
@@ -26,18 +33,29 @@ func both(t *testing.T) redirect.Options {
 	need.EBPF(t)
 	need.Tool(t, "iptables-restore")
 	need.Tool(t, "ip6tables-restore")
+	return bothIn(stateDir(t))
+}
+
+// stateDir returns where backends may keep what they install until the test ends.
+func stateDir(t *testing.T) string {
+	t.Helper()
 	dir := t.TempDir()
-	o := bpf.Options{PinDir: filepath.Join(dir, "bpf", "sluice")}
-	if err := os.Mkdir(filepath.Dir(o.PinDir), 0o700); err != nil {
+	if err := os.Mkdir(filepath.Dir(pinDir(dir)), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := bpf.Uninstall(context.Background(), o); err != nil {
+		if err := bpf.Uninstall(context.Background(), bpf.Options{PinDir: pinDir(dir)}); err != nil {
 			t.Errorf("uninstall: %v", err)
 		}
 	})
+	return dir
+}
+
+func pinDir(dir string) string { return filepath.Join(dir, "bpf", "sluice") }
+
+func bothIn(dir string) redirect.Options {
 	return redirect.Options{
-		NewEBPF: func() (redirect.Redirector, error) { return bpf.New(o) },
+		NewEBPF: func() (redirect.Redirector, error) { return bpf.New(bpf.Options{PinDir: pinDir(dir)}) },
 		NewIPTables: func() (redirect.Redirector, error) {
 			return iptables.New(iptables.Options{StateDir: filepath.Join(dir, "iptables")})
 		},
