@@ -79,8 +79,8 @@ func (l *load) finish(t *testing.T) {
 	}
 }
 
-// TestAgentKilled: while the agent is away, running connections and new ones go
-// on as before; a new agent takes over without a gap.
+// TestAgentKilled: while the agent is away, ended or killed, running connections
+// and new ones go on as before; a new agent takes over without a gap.
 func TestAgentKilled(t *testing.T) {
 	eachBackend(t, func(t *testing.T, backend string) {
 		n, client, _ := newPair(t, backend)
@@ -90,8 +90,12 @@ func TestAgentKilled(t *testing.T) {
 		inbound := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`)
 		load := startLoad(t, client, "http://"+vip4+"/")
 		load.more(t, 100)
-		for range 3 {
-			n.killAgent()
+		for i := range 3 {
+			if i == 0 { // asked to end it leaves everything as it is, too
+				n.endAgent(t)
+			} else {
+				n.killAgent()
+			}
 			load.more(t, 200)
 			mustEcho(t, held, r)
 			n.startAgent(t)

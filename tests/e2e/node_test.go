@@ -163,6 +163,18 @@ func (n *node) killAgent() {
 	n.agent = nil
 }
 
+// endAgent ends the agent with SIGTERM, as the kubelet does.
+func (n *node) endAgent(t *testing.T) {
+	t.Helper()
+	if err := n.agent.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.agent.Wait(); err != nil {
+		t.Errorf("agent after SIGTERM: %v", err)
+	}
+	n.agent = nil
+}
+
 func (n *node) uninstall(t *testing.T) {
 	t.Helper()
 	out, err := exec.Command(filepath.Join(n.bin, "sluice-agent"), "uninstall", "--state-dir", n.state, "--pin-dir", pinDir(), "--cni-socket", n.socket()).CombinedOutput()
