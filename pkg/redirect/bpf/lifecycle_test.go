@@ -843,5 +843,16 @@ func TestPodsCgroup(t *testing.T) {
 		if got := podsCgroup(root); got != dir {
 			t.Errorf("with %s: got %s", name, got)
 		}
+		if err := os.Remove(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"kubepods", "kubepods.slice"} {
+		if err := os.Mkdir(filepath.Join(root, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := podsCgroup(root); got != root {
+		t.Errorf("with both, of which one is stale: got %s", got)
 	}
 }

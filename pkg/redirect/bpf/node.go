@@ -76,11 +76,17 @@ func findCgroup() (string, error) {
 // podsCgroup returns the cgroup below root that all pods live in, else root.
 // Programs of a child run before those of the root, so that Sluice sees the
 // address of a Service before a load balancer on the root has replaced it.
+//
+// Where there are both names, one is left from before the kubelet's cgroup driver
+// was changed. Which one is not to be seen, and pods in the other would get past
+// the hooks: the root covers both.
 func podsCgroup(root string) string {
-	for _, name := range []string{"kubepods.slice", "kubepods"} {
-		if dir := filepath.Join(root, name); isDir(dir) {
-			return dir
-		}
+	systemd, cgroupfs := filepath.Join(root, "kubepods.slice"), filepath.Join(root, "kubepods")
+	switch one, other := isDir(systemd), isDir(cgroupfs); {
+	case one && !other:
+		return systemd
+	case other && !one:
+		return cgroupfs
 	}
 	return root
 }
