@@ -18,9 +18,10 @@ import (
 
 // A check is one line of /readyz.
 type check struct {
-	name   string
-	err    error  // why the agent is not ready, nil if it is as far as this goes
-	detail string // said in any case
+	name    string
+	err     error  // why the agent is not ready, nil if it is as far as this goes
+	detail  string // said in any case
+	problem bool   // detail is what is wrong with one object, which makes the node no less ready
 }
 
 // serveHTTP serves /healthz, /readyz and /metrics on addr until ctx ends.
@@ -53,7 +54,8 @@ func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(co
 }
 
 // writeChecks answers in the form that kube-apiserver's /readyz?verbose has:
-// one line a check, [+] or [-], with the reason.
+// one line a check, [+] or [-], with the reason, and [!] for problems that leave
+// the node ready.
 func writeChecks(w http.ResponseWriter, checks []check) {
 	var b strings.Builder
 	code := http.StatusOK
@@ -64,6 +66,9 @@ func writeChecks(w http.ResponseWriter, checks []check) {
 		}
 		if c.detail != "" {
 			text += " (" + c.detail + ")"
+		}
+		if c.problem {
+			mark, text = "!", c.detail
 		}
 		fmt.Fprintf(&b, "[%s]%s %s\n", mark, c.name, text)
 	}
@@ -96,18 +101,19 @@ func (a *agent) checks(backend, backendReason string, sourceProblems []string) [
 		detail: fmt.Sprintf("%d redirected, %d not to be redirected, %d with a problem", counts.redirected, counts.untouched, counts.failed),
 	}}
 	for _, object := range slices.Sorted(maps.Keys(problems)) {
-		checks = append(checks, check{name: object, detail: strings.ReplaceAll(problems[object], "\n", "; ")})
+		checks = append(checks, check{name: object, problem: true, detail: strings.ReplaceAll(problems[object], "\n", "; ")})
 	}
 	for _, pod := range a.sidecars.Status() {
 		for _, r := range pod.Rejected {
 			checks = append(checks, check{
-				name:   fmt.Sprintf("sidecar %s/%s", pod.Pod.Namespace, pod.Pod.Name),
-				detail: fmt.Sprintf("rejects %s %s: %s", r.TypeURL[strings.LastIndexByte(r.TypeURL, '.')+1:], r.Name, strings.ReplaceAll(r.Error, "\n", "; ")),
+				problem: true,
+				name:    fmt.Sprintf("sidecar %s/%s", pod.Pod.Namespace, pod.Pod.Name),
+				detail:  fmt.Sprintf("rejects %s %s: %s", r.TypeURL[strings.LastIndexByte(r.TypeURL, '.')+1:], r.Name, strings.ReplaceAll(r.Error, "\n", "; ")),
 			})
 		}
 	}
 	for _, p := range sourceProblems {
-		checks = append(checks, check{name: "source document", detail: p})
+		checks = append(checks, check{name: "source document", problem: true, detail: p})
 	}
 	return checks
 }

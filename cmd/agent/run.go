@@ -195,11 +195,12 @@ func runUninstall(ctx context.Context, e env, args []string) error {
 	)
 }
 
-// runProbe is `sluice-agent probe`.
+// runProbe is `sluice-agent probe`. It is an error if no backend can be had.
 func runProbe(_ context.Context, e env, args []string) error {
 	if err := parse(flags(e, "probe"), e, args); err != nil {
 		return err
 	}
+	possible := false
 	for _, b := range []struct {
 		name  redirect.Backend
 		probe func() error
@@ -207,10 +208,15 @@ func runProbe(_ context.Context, e env, args []string) error {
 		verdict := "yes"
 		if err := b.probe(); err != nil {
 			verdict = "no: " + err.Error()
+		} else {
+			possible = true
 		}
 		if _, err := fmt.Fprintf(e.stdout, "%-8s  %s\n", b.name, verdict); err != nil {
 			return err
 		}
+	}
+	if !possible {
+		return errors.New("this node can have no backend")
 	}
 	return nil
 }
