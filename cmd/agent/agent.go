@@ -211,9 +211,9 @@ func (s survey) whole(w redirect.Workload) bool {
 }
 
 // heal brings every sandbox of the node, and nothing else, to be redirected as
-// wanted, whatever s says that the kernel has. What an earlier agent installed for a pod
-// stays while it cannot be told what the pod wants: else a bad annotation and a
-// restart would lead the pod's traffic past its proxy.
+// wanted, whatever s says that the kernel has. What an earlier agent installed
+// for a pod stays while it cannot be told what the pod wants: else a bad
+// annotation and a restart would lead the pod's traffic past its proxy.
 func (a *agent) heal(ctx context.Context, s survey) {
 	var keep []redirect.ID
 	for _, box := range a.boxes.all() {
@@ -226,6 +226,9 @@ func (a *agent) heal(ctx context.Context, s survey) {
 			keep = append(keep, redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode})
 		}
 	}
+	orphans, err := a.orphans(s.installed)
+	keep = append(keep, orphans...)
+	a.problem("sandboxes", err)
 	var want []redirect.Workload
 	for _, s := range a.pods {
 		if s.workload != nil {
@@ -238,6 +241,28 @@ func (a *agent) heal(ctx context.Context, s survey) {
 		return
 	}
 	a.problem("redirection", nil)
+}
+
+// orphans returns the workloads that are installed in namespaces that live and
+// of which no sandbox is known, and an error that names them: their records
+// were lost, with the state directory for example. They stay as they are, for
+// without redirection their traffic would go past their proxies.
+func (a *agent) orphans(installed []redirect.Installed) (ids []redirect.ID, err error) {
+	known := map[redirect.ID]bool{}
+	for _, box := range a.boxes.byID {
+		known[redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode}] = true
+	}
+	for _, i := range installed {
+		if known[i.ID] {
+			continue
+		}
+		if inode, e := netns.Inode(i.Netns); e != nil || inode != i.ID.NetnsInode {
+			continue // it is taken away
+		}
+		ids = append(ids, i.ID)
+		err = errors.Join(err, fmt.Errorf("pod %s is redirected, but the record of its sandbox is lost: it stays as it is, follows no change, and is whole again once it is deleted and made anew", i.Pod))
+	}
+	return ids, err
 }
 
 // apply does what the changed objects ask for, and no more.
@@ -414,8 +439,8 @@ func (a *agent) release(ctx context.Context, box sandbox) error {
 	return nil
 }
 
-// forget releases a sandbox that has ended. What cannot be released is mended
-// by the next heal, which takes away all that no sandbox asks for.
+// forget releases a sandbox that has ended. What cannot be released is taken
+// away by a later heal, once the namespace is gone.
 func (a *agent) forget(ctx context.Context, box sandbox) {
 	if err := errors.Join(a.release(ctx, box), a.boxes.forget(box.ContainerID)); err != nil {
 		a.log.Warn("something of an ended pod is left until the next check", "pod", box.Namespace+"/"+box.Name, "err", err)

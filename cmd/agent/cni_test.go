@@ -770,6 +770,33 @@ func TestRestartWithABadAnnotation(t *testing.T) {
 }
 
 // A mistake in an annotation does not take a running pod's redirection away.
+// TestLostSandboxRecords: what is installed for a pod that lives stays although
+// its record is lost, and is named; what is of a namespace that has gone goes.
+func TestLostSandboxRecords(t *testing.T) {
+	inode, err := netns.Inode(ownNetns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := newNode(t)
+	lives := redirect.Installed{ID: redirect.ID{PodUID: "uid-web", NetnsInode: inode}, Pod: "shop/web", Netns: ownNetns}
+	replaced := redirect.Installed{ID: redirect.ID{PodUID: "uid-old", NetnsInode: inode + 1}, Pod: "shop/old", Netns: ownNetns}
+	n.j.note("an earlier agent", func() {
+		n.j.installed[lives.ID], n.j.installed[replaced.ID] = lives, replaced
+	})
+	n.store.SetSynced()
+	n.settle(t, "ready")
+	installed, err := n.redirector.List(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]redirect.Installed{lives}, installed); diff != "" {
+		t.Errorf("installed, -want +got:\n%s", diff)
+	}
+	if _, problems := n.report(); !strings.Contains(problems["sandboxes"], "shop/web") || strings.Contains(problems["sandboxes"], "shop/old") {
+		t.Errorf("problems %q, want one that names shop/web alone", problems)
+	}
+}
+
 func TestBadAnnotationOnARunningPod(t *testing.T) {
 	web := newPod("shop", "web", "sluice.dev/exclude-outbound-ports", "9090")
 	n := readyNode(t, shop(), web)
