@@ -12,7 +12,6 @@ import (
 
 	"github.com/sluicemesh/sluice/pkg/podwatch"
 	"github.com/sluicemesh/sluice/pkg/redirect"
-	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/pkg/xds"
 	"github.com/sluicemesh/sluice/pkg/xds/server"
 )
@@ -217,13 +216,13 @@ func (s survey) whole(w redirect.Workload) bool {
 func (a *agent) heal(ctx context.Context, s survey) {
 	var keep []redirect.ID
 	for _, box := range a.boxes.all() {
-		if inode, err := netns.Inode(box.Netns); errors.Is(err, redirect.ErrGone) || err == nil && inode != box.NetnsInode {
+		if netnsGone(box.Netns, box.NetnsInode) {
 			a.forget(ctx, box)
 			continue
 		}
 		if err := a.bring(ctx, box, time.Now(), s); err != nil {
 			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
-			keep = append(keep, redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode})
+			keep = append(keep, box.id())
 		}
 	}
 	orphans, err := a.orphans(s.installed)
@@ -250,14 +249,11 @@ func (a *agent) heal(ctx context.Context, s survey) {
 func (a *agent) orphans(installed []redirect.Installed) (ids []redirect.ID, err error) {
 	known := map[redirect.ID]bool{}
 	for _, box := range a.boxes.byID {
-		known[redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode}] = true
+		known[box.id()] = true
 	}
 	for _, i := range installed {
-		if known[i.ID] {
-			continue
-		}
-		if inode, e := netns.Inode(i.Netns); e != nil || inode != i.ID.NetnsInode {
-			continue // it is taken away
+		if known[i.ID] || netnsGone(i.Netns, i.ID.NetnsInode) {
+			continue // it is looked after, or taken away
 		}
 		ids = append(ids, i.ID)
 		err = errors.Join(err, fmt.Errorf("pod %s is redirected, but the record of its sandbox is lost: it stays as it is, follows no change, and is whole again once it is deleted and made anew", i.Pod))
@@ -308,25 +304,23 @@ func (a *agent) concerned(key podwatch.Key) []sandbox {
 	case podwatch.KindNamespace:
 		return slices.DeleteFunc(a.boxes.all(), func(b sandbox) bool { return b.Namespace != key.Name })
 	case podwatch.KindService: // it may decide the protocol of an inbound port
-		svc, _ := get[*podwatch.Service](a.store, key)
 		return slices.DeleteFunc(a.boxes.all(), func(b sandbox) bool {
 			s := a.pods[b.ContainerID]
-			return s == nil || b.Namespace != key.Namespace || !slices.Contains(s.services, key) && !selects(svc, s.pod)
+			return s == nil || b.Namespace != key.Namespace || !slices.Contains(s.services, key) && !slices.Contains(a.selecting(s.pod), key)
 		})
 	}
 	return nil
 }
 
-func selects(svc *podwatch.Service, pod *podwatch.Pod) bool {
-	if svc == nil || pod == nil || len(svc.Selector) == 0 {
-		return false
+// selecting returns the services whose selector matches the pod, none for nil.
+func (a *agent) selecting(pod *podwatch.Pod) (keys []podwatch.Key) {
+	if pod == nil {
+		return nil
 	}
-	for k, v := range svc.Selector {
-		if pod.Labels[k] != v {
-			return false
-		}
+	for _, s := range a.store.ServicesSelecting(pod) {
+		keys = append(keys, s.Key())
 	}
-	return true
+	return keys
 }
 
 // applyServices sends the sidecars what they need to know of services that
@@ -373,10 +367,7 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 	if state.pod == nil {
 		return fmt.Errorf("pod %s/%s is not in the source", box.Namespace, box.Name)
 	}
-	state.services = nil
-	for _, s := range a.store.ServicesSelecting(state.pod) {
-		state.services = append(state.services, s.Key())
-	}
+	state.services = a.selecting(state.pod)
 	on, err := a.planner.enabled(a.store, state.pod)
 	if err != nil {
 		return err
@@ -423,7 +414,7 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 
 // release ends all that was done for a sandbox, redirection first.
 func (a *agent) release(ctx context.Context, box sandbox) error {
-	id := redirect.ID{PodUID: box.PodUID, NetnsInode: box.NetnsInode}
+	id := box.id()
 	if err := a.redirector.Remove(ctx, id); err != nil {
 		return fmt.Errorf("end redirection of pod %s/%s: %w", box.Namespace, box.Name, err)
 	}

@@ -68,7 +68,7 @@ func (p planner) workload(pod *podwatch.Pod, s sandbox) (redirect.Workload, erro
 		return redirect.Workload{}, fmt.Errorf("pod %s/%s: the CNI result of sandbox %s names no address: is a network plugin configured before sluice-cni in the chain?", pod.Namespace, pod.Name, s.ContainerID)
 	}
 	return redirect.Workload{
-		ID:         redirect.ID{PodUID: s.PodUID, NetnsInode: s.NetnsInode},
+		ID:         s.id(),
 		Pod:        pod.Namespace + "/" + pod.Name,
 		Netns:      s.Netns,
 		Addrs:      addrs,

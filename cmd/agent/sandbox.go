@@ -41,6 +41,17 @@ type attachment struct {
 	Interfaces []cniapi.Interface `json:"interfaces"`
 }
 
+// id is what redirection and the sidecar server know the sandbox by.
+func (s sandbox) id() redirect.ID { return redirect.ID{PodUID: s.PodUID, NetnsInode: s.NetnsInode} }
+
+// netnsGone says whether the namespace that path led to has gone. The path may
+// lead to another one by now: only the inode tells. One that cannot be looked at
+// just now may well live.
+func netnsGone(path string, inode uint64) bool {
+	now, err := netns.Inode(path)
+	return errors.Is(err, redirect.ErrGone) || err == nil && now != inode
+}
+
 // network returns the pod's addresses, at most one a family, and the interfaces
 // that carry them. They are those of the attachment that sorts first: runtimes
 // call the pod's own network eth0, and further ones net1, net2, ...
@@ -121,10 +132,7 @@ func loadSandboxes(dir string) (*sandboxes, error) {
 			errs = append(errs, fmt.Errorf("read sandbox %s: %w", file, err), os.Remove(file))
 			continue
 		}
-		// A path may lead to another namespace by now: only the inode tells.
-		// What cannot be looked at just now may well live.
-		inode, err := netns.Inode(box.Netns)
-		if errors.Is(err, redirect.ErrGone) || err == nil && inode != box.NetnsInode {
+		if netnsGone(box.Netns, box.NetnsInode) {
 			errs = append(errs, os.Remove(file))
 			continue
 		}

@@ -552,6 +552,10 @@ func (b *batch) again(now time.Time) {
 	st, sb, t := b.st, &b.st.subs[b.t], b.t
 	for name, r := range sb.redo {
 		v, gen, exists := st.pod.resolve(t, name)
+		var gone *slot // endpoints that have just gone: what refers to them may still be in use
+		if t == endpoints && !exists && r.at.IsZero() && st.has(t, name) {
+			gone = st.pod.recent(t, name, now)
+		}
 		switch {
 		case !b.once(name):
 		case v != nil && r.have == v.res.GetVersion():
@@ -563,14 +567,12 @@ func (b *batch) again(now time.Time) {
 			b.fl.items = append(b.fl.items, item{name: name, v: v, gen: gen})
 		case exists && !st.has(t, name):
 			// Rejected in all versions that there are; the client keeps what it has.
-		case t == endpoints && !exists && r.at.IsZero() && st.has(t, name) && st.pod.recent(t, name, now) != nil:
-			// They have just gone, and what refers to them may still be in use.
-			sl := st.pod.recent(t, name, now)
-			if sl.good.res.GetVersion() != r.have {
-				b.fl.items = append(b.fl.items, item{name: name, v: sl.good})
+		case gone != nil:
+			if gone.good.res.GetVersion() != r.have {
+				b.fl.items = append(b.fl.items, item{name: name, v: gone.good})
 			}
-			sb.redo[name] = redo{at: sl.at}
-			st.until(sl.at.Add(st.s.opts.RemoveTimeout))
+			sb.redo[name] = redo{at: gone.at}
+			st.until(gone.at.Add(st.s.opts.RemoveTimeout))
 			continue
 		case exists || r.at.IsZero() || st.released(t, r.gen, r.at, now):
 			b.absent(name, r.have)
