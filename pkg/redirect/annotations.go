@@ -93,7 +93,10 @@ func annotations() []annotation {
 
 // foreignAnnotations are names under AnnotationPrefix that are not of a Policy.
 func foreignAnnotations() []string {
-	return []string{"accelerate", "inject", "injected", "outbound-policy", "redirect", "status"}
+	return []string{
+		"accelerate", "inject", "injected", "outbound-policy", "proxy-cpu", "proxy-cpu-limit", "proxy-image",
+		"proxy-log-level", "proxy-memory", "proxy-memory-limit", "redirect", "status",
+	}
 }
 
 // ParsePolicy returns base with what the annotations say. An annotation

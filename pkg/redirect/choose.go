@@ -146,7 +146,7 @@ func (c *Chosen) Add(ctx context.Context, w Workload) error {
 	if err := r.Add(ctx, w); err != nil {
 		return err
 	}
-	if c.known(w.ID) == name {
+	if c.BackendOf(w.ID) == name {
 		return nil
 	}
 	// Unknown counts as elsewhere: an earlier agent may have ended amid a move.
@@ -168,8 +168,8 @@ func (c *Chosen) Add(ctx context.Context, w Workload) error {
 	return nil
 }
 
-// known returns the backend that has a workload, "" if that is not known.
-func (c *Chosen) known(id ID) Backend {
+// BackendOf returns the backend that has a workload, "" if that is not known.
+func (c *Chosen) BackendOf(id ID) Backend {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.where[id]

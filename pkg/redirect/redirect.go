@@ -58,7 +58,14 @@ type Workload struct {
 	// Addrs. Traffic that arrives on any other interface is not captured.
 	Interfaces []string
 	Policy     Policy
+	// HostProxyUID is Policy.ProxyUID as the node's own user namespace knows it;
+	// 0 if that is the same. It is another one in a pod that has a user namespace
+	// (hostUsers: false), and NoUID while that is not known.
+	HostProxyUID uint32 `json:",omitempty"`
 }
+
+// NoUID is the user ID that nobody has (chown(2) takes it for "do not change").
+const NoUID = ^uint32(0)
 
 // A Digest is a hash over everything in a Workload that the data plane
 // depends on. Equal digests mean that nothing needs to be done.

@@ -3,6 +3,7 @@ package netnstest
 import (
 	"bytes"
 	"fmt"
+	"os"
 	"os/exec"
 	"sync"
 	"syscall"
@@ -13,11 +14,12 @@ import (
 // those of Cmd; fields may be set before Start.
 type Cmd struct {
 	*exec.Cmd
-	ns   Namespace
-	tb   testing.TB
-	done chan struct{}
-	err  error
-	kill sync.Once
+	ns     Namespace
+	tb     testing.TB
+	cgroup string
+	done   chan struct{}
+	err    error
+	kill   sync.Once
 }
 
 // Command prepares a program that runs inside the namespace as user and group
@@ -28,8 +30,19 @@ func (ns Namespace) Command(tb testing.TB, uid uint32, name string, args ...stri
 	return &Cmd{Cmd: c, ns: ns, tb: tb, done: make(chan struct{})}
 }
 
+// In makes the program start in the cgroup at dir.
+func (c *Cmd) In(dir string) { c.cgroup = dir }
+
 // Start starts the program.
 func (c *Cmd) Start() error {
+	if c.cgroup != "" {
+		dir, err := os.Open(c.cgroup)
+		if err != nil {
+			return fmt.Errorf("open cgroup: %w", err)
+		}
+		defer func() { _ = dir.Close() }()
+		c.SysProcAttr.UseCgroupFD, c.SysProcAttr.CgroupFD = true, int(dir.Fd())
+	}
 	// A child takes the namespace of the thread that forks it.
 	if err := c.ns.Do(c.Cmd.Start); err != nil {
 		return fmt.Errorf("start %s in %s: %w", c.Path, c.ns.Name, err)

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 )
 
@@ -22,7 +23,11 @@ func sweep(temp string) error {
 		return nil // what root has left is root's to remove
 	}
 	var pids []int
-	for _, dir := range []string{runDir, temp} {
+	dirs := []string{runDir, temp}
+	if root, err := cgroup.Root(); err == nil {
+		dirs = append(dirs, root)
+	}
+	for _, dir := range dirs {
 		entries, err := os.ReadDir(dir)
 		if err != nil && !errors.Is(err, os.ErrNotExist) {
 			return fmt.Errorf("look for what ended tests have left: %w", err)
@@ -45,7 +50,7 @@ func sweep(temp string) error {
 }
 
 // discard removes what the tests of process pid have made: the processes in
-// their namespaces, the namespaces, and in the directory of temporary files
+// their namespaces, the namespaces, the cgroups, and in the directory of temporary files
 // mounts and files. Links go with the bpffs that they are pinned in.
 func discard(temp string, pid int) error {
 	names, err := filepath.Glob(filepath.Join(runDir, prefix(pid)+"*"))
@@ -65,6 +70,7 @@ func discard(temp string, pid int) error {
 	for _, name := range names {
 		errs = append(errs, remove(name))
 	}
+	errs = append(errs, discardCgroups(pid))
 	return errors.Join(append(errs, removeTemp(tempDir(temp, pid)))...)
 }
 

@@ -1,6 +1,7 @@
 package netnstest
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -94,7 +95,13 @@ func (h *handle) defaultRoute(via netip.Addr) error {
 
 func (h *handle) bridge(name string) error {
 	off := false
-	err := h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}, MulticastSnooping: &off})
+	// An address of its own: a bridge without one takes the lowest of its ports',
+	// another one with each port, and neighbours send to the old one for half a minute.
+	mac := net.HardwareAddr{0x02, 0, 0, 0, 0, 0}
+	if _, err := rand.Read(mac[1:]); err != nil {
+		return fmt.Errorf("make an address for bridge %s: %w", name, err)
+	}
+	err := h.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name, HardwareAddr: mac}, MulticastSnooping: &off})
 	if err != nil {
 		return fmt.Errorf("add bridge %s: %w", name, err)
 	}
