@@ -24,3 +24,12 @@
  * socket names the proxy.
  */
 volatile const __u8 sl_have_mptcp = 0;
+
+/* The cookie of the node's own network namespace; 0: not known, no process is exempt. */
+volatile const __u64 sl_host_netns = 0;
+
+/*
+ * How deep the cgroup of a process may lie for a look whether it is a pod's. A
+ * kubelet lies two levels below the root, in a container of its own five.
+ */
+#define SL_CGROUP_LEVELS 16

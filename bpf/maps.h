@@ -114,6 +114,37 @@ struct {
 } handover SEC(".maps");
 
 /*
+ * key     both ends of a connection of the node itself (a kubelet's probe)
+ * value   1
+ * writer  sockops: put when the SYN leaves, deleted when the socket closes,
+ *         however it does: with SYN cookies the pod looks for a listener only
+ *         when the client's end is established already
+ * reader  tcx, sk_lookup: such a connection passes
+ * full    the connection is captured like any other, and counted
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, struct sl_probe_key);
+	__type(value, __u32);
+} probes SEC(".maps");
+
+/*
+ * key     id of a cgroup that pods live below; 0: all of them are known
+ * value   1
+ * writer  agent
+ * reader  host_connect: which process of the node is a pod's. Without key 0
+ *         nobody can tell, and none is exempt
+ * full    the agent takes key 0 away
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 64);
+	__type(key, __u64);
+	__type(value, __u32);
+} pod_cgroups SEC(".maps");
+
+/*
  * key     netns cookie, family
  * value   the proxy's socket that listens on the inbound port
  * writer  tcx; the kernel removes a socket that closes

@@ -7,6 +7,9 @@
  * socket that the proxy accepts; getsockopt and getpeername answer with it.
  * Inbound: tcx sees to it that the proxy's listener is known, sk_lookup gives
  * it the connection. No packet is changed in either direction.
+ * Probes: what a process of the node dials that belongs to no pod, above all
+ * the kubelet, sockops publishes by both its ends, and tcx and sk_lookup let
+ * it pass.
  *
  * A socket or packet that belongs to no pod of ours is left alone.
  */
@@ -147,12 +150,70 @@ int sl_connect6(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
-/* What a socket that was led to the proxy should see as its peer, or NULL. */
-static __always_inline struct sl_target *sl_dialed(struct bpf_sock *sk)
+/*
+ * Whether the calling process belongs to no pod: none of its cgroups is one
+ * that pods live below. Not if it cannot be told.
+ */
+static __always_inline bool sl_in_no_pod(void)
+{
+	for (int level = 1; level < SL_CGROUP_LEVELS; level++) {
+		/* 0 at the end of the process' path: the key that all are known. */
+		__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+		bool found = bpf_map_lookup_elem(&pod_cgroups, &id);
+
+		if (!id)
+			return found;
+		if (found)
+			return false;
+	}
+	return false;
+}
+
+/* Marks the sockets with which processes of the node dial a pod of ours. */
+static __always_inline void sl_host_connect(struct bpf_sock_addr *ctx, const union sl_addr *dst)
+{
+	struct sl_target target = {.addr = *dst, .port_be = ctx->user_port, .role = SL_PROBING};
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk || !sl_is_tcp(ctx) || bpf_get_netns_cookie(ctx) != sl_host_netns)
+		return;
+	/* Out of memory: it is captured, as what is not exempt. */
+	if (bpf_map_lookup_elem(&pod_ips, dst) && sl_in_no_pod())
+		bpf_sk_storage_get(&targets, sk, &target, BPF_SK_STORAGE_GET_F_CREATE);
+	else
+		bpf_sk_storage_delete(&targets, sk); /* it may have dialled before */
+}
+
+SEC("cgroup/connect4")
+int sl_host4(struct bpf_sock_addr *ctx)
+{
+	union sl_addr dst = sl_addr4(ctx->user_ip4);
+
+	sl_host_connect(ctx, &dst);
+	return SL_CONNECT_ALLOW;
+}
+
+SEC("cgroup/connect6")
+int sl_host6(struct bpf_sock_addr *ctx)
+{
+	union sl_addr dst = sl_read6(ctx->user_ip6);
+
+	sl_host_connect(ctx, &dst);
+	return SL_CONNECT_ALLOW;
+}
+
+/* What is known of a socket in a role, or NULL. */
+static __always_inline struct sl_target *sl_in_role(struct bpf_sock *sk, enum sl_role role)
 {
 	struct sl_target *t = sk ? bpf_sk_storage_get(&targets, sk, 0, 0) : 0;
 
-	return t && t->role == SL_DIALED ? t : 0;
+	return t && t->role == role ? t : 0;
+}
+
+/* What a socket that was led to the proxy should see as its peer, or NULL. */
+static __always_inline struct sl_target *sl_dialed(struct bpf_sock *sk)
+{
+	return sl_in_role(sk, SL_DIALED);
 }
 
 SEC("cgroup/getpeername4")
@@ -182,6 +243,31 @@ int sl_getpeername6(struct bpf_sock_addr *ctx)
 	return SL_CONNECT_ALLOW;
 }
 
+static __always_inline void sl_ask_for_states(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* As sl_publish, for a process of the node that dials a pod. */
+static __always_inline void sl_publish_probe(struct bpf_sock_ops *ctx)
+{
+	struct sl_probe_key k;
+	__u64 *netns;
+	__u32 one = 1;
+
+	if (!sl_in_role(ctx->sk, SL_PROBING))
+		return;
+	k = sl_probe_local(ctx);
+	if (bpf_map_update_elem(&probes, &k, &one, BPF_ANY)) {
+		/* No room: it is captured, for that is what must not be missed. */
+		netns = bpf_map_lookup_elem(&pod_ips, &k.pod);
+		if (netns)
+			sl_count(*netns, SL_IN_PROBES_FULL);
+		return;
+	}
+	sl_ask_for_states(ctx);
+}
+
 /* The client's SYN is about to leave, so its port is known: publish. */
 static __always_inline void sl_publish(struct bpf_sock_ops *ctx)
 {
@@ -190,8 +276,10 @@ static __always_inline void sl_publish(struct bpf_sock_ops *ctx)
 	struct sl_target accepted;
 	struct sl_flow_key k;
 
-	if (!t)
+	if (!t) {
+		sl_publish_probe(ctx);
 		return;
+	}
 	k = sl_flow_local(ctx);
 	accepted = *t;
 	accepted.role = SL_ACCEPTED;
@@ -204,7 +292,7 @@ static __always_inline void sl_publish(struct bpf_sock_ops *ctx)
 		sl_forget(sk);
 		return;
 	}
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	sl_ask_for_states(ctx);
 }
 
 /* The proxy has accepted the client. */
@@ -220,8 +308,14 @@ static __always_inline void sl_reached(struct bpf_sock_ops *ctx)
 /* The client's end closes: take back what the proxy has not taken. */
 static __always_inline void sl_retract(struct bpf_sock_ops *ctx)
 {
+	struct sl_probe_key probe;
 	struct sl_flow_key k;
 
+	if (sl_in_role(ctx->sk, SL_PROBING)) {
+		probe = sl_probe_local(ctx);
+		bpf_map_delete_elem(&probes, &probe);
+		return;
+	}
 	if (!sl_dialed(ctx->sk))
 		return;
 	k = sl_flow_local(ctx);
@@ -289,7 +383,7 @@ static __always_inline bool sl_original(struct bpf_sockopt *ctx, struct sl_targe
 	t = bpf_sk_storage_get(&targets, sk, 0, 0);
 	if (t) {
 		*out = *t;
-		return true;
+		return t->role != SL_PROBING;
 	}
 	netns = bpf_get_netns_cookie(ctx);
 	pod = bpf_map_lookup_elem(&pods, &netns);
@@ -378,8 +472,8 @@ int sl_getsockopt(struct bpf_sockopt *ctx)
 struct sl_syn {
 	struct bpf_sock_tuple tuple; /* with the inbound port as destination */
 	__u32 family;
-	union sl_addr dst;
 	__u16 port;
+	struct sl_probe_key ends;
 };
 
 /*
@@ -402,7 +496,8 @@ static __always_inline bool sl_parse(struct __sk_buff *skb, struct sl_syn *syn)
 			return false;
 		off = (ip.ihl_version & 0xf) * 4;
 		syn->family = AF_INET;
-		syn->dst = sl_addr4(ip.daddr);
+		syn->ends.client = sl_addr4(ip.saddr);
+		syn->ends.pod = sl_addr4(ip.daddr);
 		syn->tuple.ipv4.saddr = ip.saddr;
 		syn->tuple.ipv4.daddr = ip.daddr;
 	} else if (skb->protocol == bpf_htons(ETH_P_IPV6)) {
@@ -413,7 +508,8 @@ static __always_inline bool sl_parse(struct __sk_buff *skb, struct sl_syn *syn)
 		if (ip.nexthdr != IPPROTO_TCP)
 			return false;
 		syn->family = AF_INET6;
-		__builtin_memcpy(&syn->dst, ip.daddr, sizeof(ip.daddr));
+		__builtin_memcpy(&syn->ends.client, ip.saddr, sizeof(ip.saddr));
+		__builtin_memcpy(&syn->ends.pod, ip.daddr, sizeof(ip.daddr));
 		__builtin_memcpy(syn->tuple.ipv6.saddr, ip.saddr, sizeof(ip.saddr));
 		__builtin_memcpy(syn->tuple.ipv6.daddr, ip.daddr, sizeof(ip.daddr));
 	} else {
@@ -424,6 +520,8 @@ static __always_inline bool sl_parse(struct __sk_buff *skb, struct sl_syn *syn)
 	if ((tcp.flags & (TCP_FLAG_SYN | TCP_FLAG_ACK)) != TCP_FLAG_SYN)
 		return false;
 	syn->port = bpf_ntohs(tcp.dest);
+	syn->ends.client_port_be = tcp.source;
+	syn->ends.pod_port_be = tcp.dest;
 	if (syn->family == AF_INET) {
 		syn->tuple.ipv4.sport = tcp.source;
 		syn->tuple.ipv4.dport = bpf_htons(SL_INBOUND_PORT);
@@ -461,6 +559,12 @@ static __always_inline enum sl_reason sl_register(struct __sk_buff *skb, struct 
 	return reason;
 }
 
+/* Whether a process of the node that belongs to no pod opens this connection. */
+static __always_inline bool sl_is_probe(const struct sl_probe_key *ends)
+{
+	return bpf_map_lookup_elem(&probes, ends);
+}
+
 SEC("tc")
 int sl_ingress(struct __sk_buff *skb)
 {
@@ -472,7 +576,7 @@ int sl_ingress(struct __sk_buff *skb)
 
 	if (!sl_parse(skb, &syn))
 		return TCX_NEXT;
-	netns = bpf_map_lookup_elem(&pod_ips, &syn.dst);
+	netns = bpf_map_lookup_elem(&pod_ips, &syn.ends.pod);
 	if (!netns)
 		return TCX_NEXT;
 	k.netns = *netns;
@@ -481,6 +585,8 @@ int sl_ingress(struct __sk_buff *skb)
 	if (!pod)
 		return TCX_NEXT;
 	reason = sl_inbound(pod, syn.port);
+	if (reason == SL_IN_CAPTURED && sl_is_probe(&syn.ends))
+		reason = SL_IN_HOST_PROBE;
 	if (reason != SL_IN_CAPTURED) {
 		sl_count(k.netns, reason);
 		return TCX_NEXT;
@@ -489,6 +595,43 @@ int sl_ingress(struct __sk_buff *skb)
 	sl_count(k.netns, reason);
 	/* Without its proxy a pod must not be reached: the client tries again. */
 	return reason == SL_IN_CAPTURED ? TCX_NEXT : TCX_DROP;
+}
+
+/* Both ends of a connection for which the kernel looks for a listener. */
+static __always_inline struct sl_probe_key sl_lookup_ends(struct bpf_sk_lookup *ctx)
+{
+	struct sl_probe_key k = {};
+
+	if (ctx->family == AF_INET) {
+		k.pod = sl_addr4(sl_u32(ctx->local_ip4));
+		k.client = sl_addr4(sl_u32(ctx->remote_ip4));
+	} else {
+		k.pod = sl_read6(ctx->local_ip6);
+		k.client = sl_read6(ctx->remote_ip6);
+	}
+	k.pod_port_be = bpf_htons((__u16)ctx->local_port);
+	k.client_port_be = ctx->remote_port;
+	return k;
+}
+
+/* Gives the connection to the listener of the proxy in the namespace of k. */
+static __always_inline enum sk_action sl_steer(struct bpf_sk_lookup *ctx, struct sl_listener_key *k)
+{
+	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, k);
+	long err;
+
+	if (!sk) {
+		/* Never the bare application in place of its proxy. */
+		sl_count(k->netns, SL_IN_LISTENER_MISSING);
+		return SK_DROP;
+	}
+	err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) {
+		sl_count(k->netns, SL_IN_ASSIGN_FAILED);
+		return SK_DROP;
+	}
+	return SK_PASS;
 }
 
 /*
@@ -500,28 +643,19 @@ SEC("sk_lookup")
 int sl_lookup(struct bpf_sk_lookup *ctx)
 {
 	struct sl_listener_key k = {.family = ctx->family};
-	union sl_addr local, remote;
-	struct bpf_sock *sk;
+	struct sl_probe_key ends;
 	struct sl_pod *pod;
 	__u64 *netns;
-	long err;
 
-	if (ctx->protocol != IPPROTO_TCP)
-		return SK_PASS;
 	/*
 	 * What was led to the proxy arrives here, and bpf_skc_lookup_tcp in tcx
 	 * asks here too: it must find the listener itself.
 	 */
-	if (ctx->local_port == SL_INBOUND_PORT || ctx->local_port == SL_OUTBOUND_PORT)
+	if (ctx->protocol != IPPROTO_TCP || ctx->local_port == SL_INBOUND_PORT ||
+	    ctx->local_port == SL_OUTBOUND_PORT)
 		return SK_PASS;
-	if (ctx->family == AF_INET) {
-		local = sl_addr4(sl_u32(ctx->local_ip4));
-		remote = sl_addr4(sl_u32(ctx->remote_ip4));
-	} else {
-		local = sl_read6(ctx->local_ip6);
-		remote = sl_read6(ctx->remote_ip6);
-	}
-	netns = bpf_map_lookup_elem(&pod_ips, &local);
+	ends = sl_lookup_ends(ctx);
+	netns = bpf_map_lookup_elem(&pod_ips, &ends.pod);
 	if (!netns)
 		return SK_PASS;
 	k.netns = *netns;
@@ -529,7 +663,7 @@ int sl_lookup(struct bpf_sk_lookup *ctx)
 	if (!pod)
 		return SK_PASS;
 	/* By address: self traffic names the pod's interface here, not lo. */
-	if (sl_same(&local, &remote) || sl_is_loopback(&remote)) {
+	if (sl_same(&ends.pod, &ends.client) || sl_is_loopback(&ends.client)) {
 		sl_count(k.netns, SL_IN_SELF);
 		return SK_PASS;
 	}
@@ -538,19 +672,7 @@ int sl_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	}
 	/* From here on tcx has counted, save for what fails closed below. */
-	if (sl_inbound(pod, ctx->local_port) != SL_IN_CAPTURED)
+	if (sl_inbound(pod, ctx->local_port) != SL_IN_CAPTURED || sl_is_probe(&ends))
 		return SK_PASS;
-	sk = bpf_map_lookup_elem(&listeners, &k);
-	if (!sk) {
-		/* Never the bare application in place of its proxy. */
-		sl_count(k.netns, SL_IN_LISTENER_MISSING);
-		return SK_DROP;
-	}
-	err = bpf_sk_assign(ctx, sk, 0);
-	bpf_sk_release(sk);
-	if (err) {
-		sl_count(k.netns, SL_IN_ASSIGN_FAILED);
-		return SK_DROP;
-	}
-	return SK_PASS;
+	return sl_steer(ctx, &k);
 }

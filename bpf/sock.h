@@ -95,7 +95,24 @@ static __always_inline struct sl_flow_key sl_flow_local(struct bpf_sock_ops *ctx
 	return k;
 }
 
-/* The same key, seen from the proxy's end. */
+/* What a process of the node publishes of a connection to a pod. */
+static __always_inline struct sl_probe_key sl_probe_local(struct bpf_sock_ops *ctx)
+{
+	struct sl_probe_key k = {};
+
+	if (sl_u32(ctx->family) == AF_INET) {
+		k.client = sl_addr4(sl_u32(ctx->local_ip4));
+		k.pod = sl_addr4(sl_u32(ctx->remote_ip4));
+	} else {
+		k.client = sl_read6(ctx->local_ip6);
+		k.pod = sl_read6(ctx->remote_ip6);
+	}
+	k.client_port_be = bpf_htons((__u16)ctx->local_port);
+	k.pod_port_be = bpf_htons((__u16)bpf_ntohl(ctx->remote_port));
+	return k;
+}
+
+/* The same key as sl_flow_local, seen from the proxy's end. */
 static __always_inline struct sl_flow_key sl_flow_remote(struct bpf_sock_ops *ctx)
 {
 	struct sl_flow_key k = {};

@@ -40,10 +40,15 @@ enum sl_reason {
 	SL_IN_LISTENER_REFUSED,
 	SL_IN_LISTENER_MISSING,
 	SL_IN_ASSIGN_FAILED,
+	/* Counters are pinned: what is new stands at the end. */
+	SL_IN_HOST_PROBE,  /* inbound, bypassed */
+	SL_IN_PROBES_FULL, /* inbound, redirected; counted as captured, too */
 	SL_REASONS,
 };
 
+/* With room, so that another reason does not change the layout of the map. */
 struct sl_stats {
-	__u64 count[SL_REASONS];
+	__u64 count[40];
 };
-_Static_assert(sizeof(struct sl_stats) == 25 * 8, "sl_stats");
+_Static_assert(sizeof(struct sl_stats) == 40 * 8, "sl_stats");
+_Static_assert(SL_REASONS <= 40, "sl_stats");

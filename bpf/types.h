@@ -91,6 +91,7 @@ _Static_assert(sizeof(struct sl_flow_key) == 32, "sl_flow_key");
 enum sl_role {
 	SL_DIALED = 1,	 /* the socket of an application that dialled */
 	SL_ACCEPTED = 2, /* the socket that the proxy accepted */
+	SL_PROBING = 3,	 /* the socket of a process of the node, which is exempt */
 };
 
 /* Where a connection was meant to go. */
@@ -101,6 +102,15 @@ struct sl_target {
 	__u8 pad;
 };
 _Static_assert(sizeof(struct sl_target) == 20, "sl_target");
+
+/* A connection that a process of the node opens to a pod. */
+struct sl_probe_key {
+	union sl_addr client;
+	union sl_addr pod;
+	__be16 client_port_be;
+	__be16 pod_port_be;
+};
+_Static_assert(sizeof(struct sl_probe_key) == 36, "sl_probe_key");
 
 struct sl_listener_key {
 	__u64 netns;

@@ -33,6 +33,7 @@ static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int fla
 static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 offset, void *to, __u32 len,
 						 __u32 start) = (void *)68;
 static long (*const bpf_sk_release)(void *sk) = (void *)86;
+static __u64 (*const bpf_get_current_ancestor_cgroup_id)(int level) = (void *)123;
 static struct bpf_sock *(*const bpf_skc_lookup_tcp)(void *ctx, struct bpf_sock_tuple *tuple,
 						    __u32 tuple_size, __u64 netns,
 						    __u64 flags) = (void *)99;

@@ -8,7 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strconv"
+	"slices"
 	"strings"
 	"time"
 
@@ -16,18 +16,20 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 )
 
 const (
-	// pinLookup is the pin of a pod's sk_lookup link, pinTCX the start of the
-	// names of its tcx links, which go on with the interface's index.
+	// pinLookup is the pin of a pod's sk_lookup link.
 	pinLookup = "sk_lookup"
-	pinTCX    = "tcx_"
 
-	// filterName names Sluice's filter where tcx is missing (before 6.6).
+	// filterName names Sluice's filter on the pod's interfaces.
 	filterName     = "sluice_ingress"
 	filterPriority = 1
 	filterHandle   = 0x51ce
+
+	loopbackIndex = 1
 )
 
 // attachPinned makes the link that is pinned at path run prog. Where there is
@@ -121,36 +123,41 @@ func (r *Redirector) attachLookup(dir, path string, inode uint64) error {
 		})
 }
 
-// attachIngress attaches the ingress program to an interface of the namespace
-// that the thread is in.
-func (r *Redirector) attachIngress(dir string, ifindex uint32) error {
-	if r.forceCLS {
-		return r.attachFilter(ifindex)
+// An inside is rtnetlink of the network namespace that the thread is in.
+type inside struct{ *netlink.Handle }
+
+// openInside opens rtnetlink for one operation: one socket instead of one for
+// each request.
+func openInside() (inside, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return inside{}, fmt.Errorf("open rtnetlink: %w", err)
 	}
-	err := attachPinned(filepath.Join(dir, pinTCX+strconv.Itoa(int(ifindex))), r.programs.SlIngress,
-		func(i *link.Info) bool { return i.TCX() != nil && i.TCX().Ifindex == ifindex },
-		func() (link.Link, error) {
-			l, err := link.AttachTCX(link.TCXOptions{
-				Interface: int(ifindex), Program: r.programs.SlIngress, Attach: ebpf.AttachTCXIngress,
-			})
-			if err != nil {
-				return nil, fmt.Errorf("attach tcx/ingress to interface %d: %w", ifindex, err)
-			}
-			return l, nil
-		})
-	if errors.Is(err, ebpf.ErrNotSupported) {
-		return r.attachFilter(ifindex)
-	}
-	return err
+	return inside{h}, nil
 }
 
-// attachFilter is attachIngress for kernels before 6.6, which have no tcx. An
-// older program of Sluice is replaced at once.
-func (r *Redirector) attachFilter(ifindex uint32) error {
-	qdisc := &netlink.GenericQdisc{QdiscType: "clsact", QdiscAttrs: netlink.QdiscAttrs{
-		LinkIndex: int(ifindex), Parent: netlink.HANDLE_CLSACT, Handle: netlink.MakeHandle(0xffff, 0),
-	}}
-	if err := netlink.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
+// within runs fn in the network namespace at path.
+func within(path string, fn func(inside) error) error {
+	return netns.Do(path, func() error {
+		h, err := openInside()
+		if err != nil {
+			return err
+		}
+		defer h.Close()
+		return fn(h)
+	})
+}
+
+// attachIngress attaches the ingress program to an interface. An older program
+// of Sluice is replaced at once.
+//
+// It is a filter of clsact on all kernels. A tcx link (6.6) would have the
+// kernel wait for an RCU grace period, 10 ms and more, each time that it is
+// attached or detached, under the lock that all network configuration of the
+// node takes.
+func (r *Redirector) attachIngress(h inside, ifindex uint32) error {
+	qdisc := clsact(int(ifindex))
+	if err := h.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add clsact to interface %d: %w", ifindex, err)
 	}
 	filter := &netlink.BpfFilter{
@@ -160,16 +167,23 @@ func (r *Redirector) attachFilter(ifindex uint32) error {
 		},
 		Fd: r.programs.SlIngress.FD(), Name: filterName, DirectAction: true,
 	}
-	if err := netlink.FilterReplace(filter); err != nil {
+	if err := h.FilterReplace(filter); err != nil {
 		return fmt.Errorf("add filter to interface %d: %w", ifindex, err)
 	}
 	return nil
 }
 
-// filters returns Sluice's filters on an interface of the thread's namespace.
-func filters(l netlink.Link) (own []netlink.Filter, others int, err error) {
+// clsact is what holds the filters of an interface.
+func clsact(ifindex int) *netlink.GenericQdisc {
+	return &netlink.GenericQdisc{QdiscType: "clsact", QdiscAttrs: netlink.QdiscAttrs{
+		LinkIndex: ifindex, Parent: netlink.HANDLE_CLSACT, Handle: netlink.MakeHandle(0xffff, 0),
+	}}
+}
+
+// filters returns Sluice's filters on an interface.
+func (h inside) filters(l netlink.Link) (own []netlink.Filter, others int, err error) {
 	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-		all, err := netlink.FilterList(l, parent)
+		all, err := h.FilterList(l, parent)
 		if err != nil {
 			return nil, 0, fmt.Errorf("list filters of interface %s: %w", l.Attrs().Name, err)
 		}
@@ -184,10 +198,10 @@ func filters(l netlink.Link) (own []netlink.Filter, others int, err error) {
 	return own, others, nil
 }
 
-// detachFilters removes Sluice's filters from all interfaces of the thread's
-// namespace but those in keep, and the clsact that held nothing else.
-func detachFilters(keep func(ifindex int) bool) error {
-	links, err := netlink.LinkList()
+// detachFilters removes Sluice's filters from all interfaces but those in keep,
+// and the clsact that held nothing else.
+func (h inside) detachFilters(keep func(ifindex int) bool) error {
+	links, err := h.LinkList()
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
 	}
@@ -196,23 +210,20 @@ func detachFilters(keep func(ifindex int) bool) error {
 		if keep(l.Attrs().Index) {
 			continue
 		}
-		own, others, err := filters(l)
+		own, others, err := h.filters(l)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
 		for _, f := range own {
-			if err := netlink.FilterDel(f); err != nil {
+			if err := h.FilterDel(f); err != nil {
 				errs = append(errs, fmt.Errorf("delete filter of interface %s: %w", l.Attrs().Name, err))
 			}
 		}
 		if len(own) == 0 || others > 0 {
 			continue
 		}
-		qdisc := &netlink.GenericQdisc{QdiscType: "clsact", QdiscAttrs: netlink.QdiscAttrs{
-			LinkIndex: l.Attrs().Index, Parent: netlink.HANDLE_CLSACT, Handle: netlink.MakeHandle(0xffff, 0),
-		}}
-		if err := netlink.QdiscDel(qdisc); err != nil {
+		if err := h.QdiscDel(clsact(l.Attrs().Index)); err != nil {
 			errs = append(errs, fmt.Errorf("delete clsact of interface %s: %w", l.Attrs().Name, err))
 		}
 	}
@@ -227,26 +238,35 @@ func proxySource6() *netlink.Addr {
 	return &netlink.Addr{IPNet: &net.IPNet{IP: ip, Mask: net.CIDRMask(128, 128)}}
 }
 
-// proxySourceDeadline bounds how long the kernel may take to make ::6 local.
-const proxySourceDeadline = 2 * time.Second
+// loopback is lo, which has the same index in every namespace.
+func loopback() netlink.Link {
+	return &netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: loopbackIndex}}
+}
 
-// addProxySource6 adds ::6 to lo in the thread's namespace and returns when
-// the kernel, which finishes in the background, takes it for local: until then
-// the proxy could not bind to it.
-func addProxySource6() error {
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find interface lo: %w", err)
-	}
+// addProxySource6 adds ::6 to lo. The kernel finishes that in the background:
+// awaitProxySource6 tells when.
+func (h inside) addProxySource6() error {
 	addr := proxySource6()
 	addr.Flags = unix.IFA_F_NODAD
-	if err := netlink.AddrAdd(lo, addr); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := h.AddrAdd(loopback(), addr); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add address ::6 to lo: %w", err)
 	}
-	tick := time.NewTicker(time.Millisecond)
-	defer tick.Stop()
-	for deadline := time.Now().Add(proxySourceDeadline); ; <-tick.C {
-		routes, err := netlink.RouteGet(addr.IP)
+	return nil
+}
+
+const (
+	// proxySourceDeadline bounds how long the kernel may take to make ::6 local,
+	// which it does within some 100 us; proxySourcePoll is how often to look.
+	proxySourceDeadline = 2 * time.Second
+	proxySourcePoll     = 50 * time.Microsecond
+)
+
+// awaitProxySource6 returns when the kernel takes ::6 for local: until then the
+// proxy's connections from it would stall.
+func (h inside) awaitProxySource6() error {
+	to := proxySource6().IP
+	for deadline := time.Now().Add(proxySourceDeadline); ; time.Sleep(proxySourcePoll) {
+		routes, err := h.RouteGet(to)
 		if err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL {
 			return nil
 		}
@@ -256,27 +276,23 @@ func addProxySource6() error {
 	}
 }
 
-// hasProxySource6 reports whether lo in the thread's namespace has ::6.
-func hasProxySource6() (bool, error) {
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return false, fmt.Errorf("find interface lo: %w", err)
-	}
-	addrs, err := netlink.AddrList(lo, netlink.FAMILY_V6)
+// hasProxySource6 reports whether lo has ::6.
+func (h inside) hasProxySource6() (bool, error) {
+	addrs, err := h.AddrList(loopback(), netlink.FAMILY_V6)
 	if err != nil {
 		return false, fmt.Errorf("list addresses of lo: %w", err)
 	}
-	for _, a := range addrs {
-		if a.IP.Equal(proxySource6().IP) {
-			return true, nil
-		}
-	}
-	return false, nil
+	return slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IP.Equal(proxySource6().IP) }), nil
 }
 
 // proxySource6Used reports whether connections from ::6 live in the thread's
 // namespace: without the address they would stall.
 func proxySource6Used() (bool, error) {
+	// The list below takes milliseconds even where it is short: the kernel looks
+	// for the namespace's sockets among those of the whole machine.
+	if any, err := netns.HasTCP(false); err != nil || !any {
+		return false, err
+	}
 	const path = "/proc/thread-self/net/tcp6"
 	b, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -302,16 +318,10 @@ func proxySource6Used() (bool, error) {
 }
 
 // removeProxySource6 undoes addProxySource6.
-func removeProxySource6() error {
-	has, err := hasProxySource6()
-	if err != nil || !has {
-		return err
-	}
-	lo, err := netlink.LinkByName("lo")
-	if err != nil {
-		return fmt.Errorf("find interface lo: %w", err)
-	}
-	if err := netlink.AddrDel(lo, proxySource6()); err != nil {
+func (h inside) removeProxySource6() error {
+	err := h.AddrDel(loopback(), proxySource6())
+	// Without IPv6 in the namespace there are no addresses at all.
+	if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EAFNOSUPPORT) {
 		return fmt.Errorf("remove address ::6 from lo: %w", err)
 	}
 	return nil

@@ -7,13 +7,16 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/features"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 )
 
 // DefaultPinDir is where the kernel's objects are pinned.
@@ -34,17 +37,22 @@ type Options struct {
 	// DefaultPinDir. A bpffs is mounted on its parent, which must exist,
 	// unless it lies in one.
 	PinDir string
-	// Cgroup is the cgroup v2 directory that all hooks attach to. Empty means
-	// the root of the hierarchy for sockops and for the others the cgroup of
-	// all pods below it (kubepods.slice or kubepods), where there is one.
+	// NoMount means that a bpffs is neither mounted nor unmounted: PinDir must
+	// be in one that outlives this process. In a container a mount of its own
+	// would end with it, and redirection with that.
+	NoMount bool
+	// Cgroup is the root of the cgroup v2 hierarchy, or what stands for it on
+	// this node; empty finds it. Hooks that serve pods alone attach to the
+	// cgroup of all pods below it (kubepods.slice or kubepods) where there is
+	// one, all others to the root.
 	Cgroup string
+	// HostNetns is a path that opens the node's own network namespace, whose
+	// processes are exempt unless they are a pod's. Empty means this process'.
+	HostNetns string
 	// Sizes of maps that do not exist yet; those that exist keep theirs.
 	Sizes Sizes
 	// Log receives what happened to the node's hooks. Nil discards it.
 	Log *slog.Logger
-
-	// forceCLS uses cls_bpf although the kernel has tcx.
-	forceCLS bool
 }
 
 // Sizes are numbers of entries; 0 means the default.
@@ -56,6 +64,9 @@ type Sizes struct {
 	CIDRs uint32
 	// Handover: connections that are being opened at the same time: 65536.
 	Handover uint32
+	// Probes: connections that processes of the node outside of pods have open
+	// to pods at the same time: 16384.
+	Probes uint32
 }
 
 // A Redirector is the eBPF data plane of this node. It implements
@@ -64,9 +75,13 @@ type Redirector struct {
 	store    store
 	programs redirectPrograms
 	dir      string
-	cgroup   string // empty: find it
+	cgroup   string // the root; empty: find it
 	log      *slog.Logger
-	forceCLS bool
+	turns    redirect.Turns[redirect.ID]
+
+	podCgroups podCgroups
+	hooksMu    sync.Mutex
+	attached   []attachedHook
 }
 
 var (
@@ -90,29 +105,33 @@ func (o Options) withDefaults() Options {
 // New loads the programs and attaches them, or takes over what an earlier
 // process has pinned, in which case every hook runs this build's program from
 // one connection to the next. It needs Linux 5.17; errors wrap
-// redirect.ErrNotSupported where the kernel lacks something, and
-// ErrIncompatible if what is pinned cannot be taken over; nothing is changed
-// then. Close the Redirector when done; what is pinned stays.
+// redirect.ErrNotSupported where the kernel lacks something or, with NoMount,
+// the node a bpffs, and ErrIncompatible if what is pinned cannot be taken over;
+// nothing is changed then. Close the Redirector when done; what is pinned stays.
 func New(o Options) (*Redirector, error) {
 	o = o.withDefaults()
-	if err := Probe(); err != nil {
+	if err := probe(o.Cgroup); err != nil {
 		return nil, err
 	}
-	if err := mountBPFFS(filepath.Dir(o.PinDir)); err != nil {
+	host, err := hostCookie(o.HostNetns)
+	if err != nil {
 		return nil, err
 	}
-	r := &Redirector{dir: o.PinDir, cgroup: o.Cgroup, log: o.Log, forceCLS: o.forceCLS}
+	if err := provideBPFFS(filepath.Dir(o.PinDir), o.NoMount); err != nil {
+		return nil, err
+	}
+	r := &Redirector{dir: o.PinDir, cgroup: o.Cgroup, log: o.Log}
 	for _, dir := range []string{r.dir, r.mapDir(), r.hookDir(), r.podsDir()} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)
 		}
 	}
-	unlock, err := lock(r.dir)
+	unlock, err := lock(r.dir, false)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	if err := r.load(o.Sizes); err != nil {
+	if err := r.load(o.Sizes, host); err != nil {
 		return nil, err
 	}
 	if err := r.takeOver(); err != nil {
@@ -129,8 +148,8 @@ func (r *Redirector) podsDir() string { return filepath.Join(r.dir, "pods") }
 func (r *Redirector) podDir(id redirect.ID) string { return podDir(r.podsDir(), id) }
 
 // load opens or makes the maps and loads this build's programs.
-func (r *Redirector) load(sizes Sizes) error {
-	spec, err := prepare()
+func (r *Redirector) load(sizes Sizes, host uint64) error {
+	spec, err := prepare(host)
 	if err != nil {
 		return err
 	}
@@ -138,6 +157,7 @@ func (r *Redirector) load(sizes Sizes) error {
 		redirectMapPods: sizes.Pods, redirectMapPodMeta: sizes.Pods, redirectMapStats: sizes.Pods,
 		redirectMapPodIps: 2 * sizes.Pods, redirectMapListeners: 2 * sizes.Pods,
 		redirectMapPorts: sizes.Ports, redirectMapCidrs: sizes.CIDRs, redirectMapHandover: sizes.Handover,
+		redirectMapProbes: sizes.Probes,
 	} {
 		if n != 0 {
 			spec.Maps[name].MaxEntries = n
@@ -161,8 +181,9 @@ func (r *Redirector) load(sizes Sizes) error {
 	return nil
 }
 
-// prepare returns the embedded object, set up for this kernel.
-func prepare() (*ebpf.CollectionSpec, error) {
+// prepare returns the embedded object, set up for this kernel and the node's
+// network namespace with the cookie host.
+func prepare(host uint64) (*ebpf.CollectionSpec, error) {
 	spec, err := loadRedirect()
 	if err != nil {
 		return nil, fmt.Errorf("read eBPF object: %w", err)
@@ -171,10 +192,19 @@ func prepare() (*ebpf.CollectionSpec, error) {
 	if features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkcToMptcpSock) == nil {
 		have = 1
 	}
-	if err := spec.Variables[redirectVarSlHaveMptcp].Set(have); err != nil {
+	err = errors.Join(spec.Variables[redirectVarSlHaveMptcp].Set(have), spec.Variables[redirectVarSlHostNetns].Set(host))
+	if err != nil {
 		return nil, fmt.Errorf("set up eBPF object: %w", err)
 	}
 	return spec, nil
+}
+
+// root returns the root of the cgroup v2 hierarchy.
+func (r *Redirector) root() (string, error) {
+	if r.cgroup != "" {
+		return r.cgroup, nil
+	}
+	return cgroup.Root()
 }
 
 // A hook is a program that serves all pods.
@@ -189,22 +219,87 @@ type hook struct {
 // first, who asks last, so that a connection is led away only when all that it
 // then needs is in place.
 func (r *Redirector) hooks() ([]hook, error) {
-	root, pods := r.cgroup, r.cgroup
-	if root == "" {
-		var err error
-		if root, err = findCgroup(); err != nil {
-			return nil, err
-		}
-		pods = podsCgroup(root)
+	root, err := r.root()
+	if err != nil {
+		return nil, err
 	}
+	pods := podsCgroup(root)
 	return []hook{
 		{"getsockopt", ebpf.AttachCGroupGetsockopt, r.programs.SlGetsockopt, pods},
 		{"sockops", ebpf.AttachCGroupSockOps, r.programs.SlSockops, root},
+		{"host_connect4", ebpf.AttachCGroupInet4Connect, r.programs.SlHost4, root},
+		{"host_connect6", ebpf.AttachCGroupInet6Connect, r.programs.SlHost6, root},
 		{"getpeername4", ebpf.AttachCgroupInet4GetPeername, r.programs.SlGetpeername4, pods},
 		{"getpeername6", ebpf.AttachCgroupInet6GetPeername, r.programs.SlGetpeername6, pods},
 		{"connect4", ebpf.AttachCGroupInet4Connect, r.programs.SlConnect4, pods},
 		{"connect6", ebpf.AttachCGroupInet6Connect, r.programs.SlConnect6, pods},
 	}, nil
+}
+
+// An attachedHook is the link of a hook, kept open so that it can be looked at
+// with one call to the kernel.
+type attachedHook struct {
+	pin    string
+	cgroup uint64
+	link   link.Link
+}
+
+// keepHooks closes the links that were kept and keeps fresh ones in their place.
+func (r *Redirector) keepHooks(fresh []attachedHook) error {
+	err := closeHooks(r.attached)
+	r.attached = fresh
+	return err
+}
+
+func closeHooks(hooks []attachedHook) error {
+	var errs []error
+	for _, h := range hooks {
+		errs = append(errs, h.link.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// ensureHooks attaches the hooks unless those that this process has attached are
+// as they were.
+func (r *Redirector) ensureHooks() error {
+	r.hooksMu.Lock()
+	defer r.hooksMu.Unlock()
+	reason := r.attachedProblem()
+	if reason == nil {
+		return nil
+	}
+	r.log.Warn("mending hooks", "reason", reason)
+	return r.attachHooks()
+}
+
+// attachedProblem is a hookProblem that costs little: it does not look for
+// cgroups that have appeared since, nor at what others put in a pin's place.
+func (r *Redirector) attachedProblem() error {
+	if len(r.attached) == 0 {
+		return errors.New("hooks were not found whole")
+	}
+	for _, h := range r.attached {
+		if _, err := os.Lstat(h.pin); err != nil {
+			return fmt.Errorf("look at pinned link: %w", err)
+		}
+		if err := onCgroup(h.link, h.cgroup); err != nil {
+			return fmt.Errorf("hook %s: %w", filepath.Base(h.pin), err)
+		}
+	}
+	return nil
+}
+
+// onCgroup returns an error unless the link is attached to the cgroup with this
+// number.
+func onCgroup(l link.Link, id uint64) error {
+	info, err := l.Info()
+	if err != nil {
+		return fmt.Errorf("read link: %w", err)
+	}
+	if info.Cgroup() == nil || info.Cgroup().CgroupId != id {
+		return fmt.Errorf("it is not attached to cgroup %d", id)
+	}
+	return nil
 }
 
 // attachHooks attaches what serves all pods, or updates it.
@@ -213,6 +308,7 @@ func (r *Redirector) attachHooks() error {
 	if err != nil {
 		return err
 	}
+	var kept []attachedHook
 	for _, h := range hooks {
 		id, err := cgroupID(h.cgroup)
 		if err != nil {
@@ -229,14 +325,31 @@ func (r *Redirector) attachHooks() error {
 				return l, nil
 			})
 		if err != nil {
-			return err
+			return errors.Join(err, closeHooks(kept))
 		}
+		pin := filepath.Join(r.hookDir(), h.name)
+		l, err := link.LoadPinnedLink(pin, nil)
+		if err != nil {
+			return errors.Join(fmt.Errorf("open pinned link %s: %w", pin, err), closeHooks(kept))
+		}
+		kept = append(kept, attachedHook{pin: pin, cgroup: id, link: l})
 	}
-	return nil
+	return r.keepHooks(kept)
 }
 
-// hookProblem names the first hook that is not attached as it should be.
+// hookProblem names the first hook that is not attached as it should be. The
+// next Add mends it.
 func (r *Redirector) hookProblem() error {
+	err := r.findHookProblem()
+	if err != nil {
+		r.hooksMu.Lock()
+		defer r.hooksMu.Unlock()
+		err = errors.Join(err, r.keepHooks(nil))
+	}
+	return err
+}
+
+func (r *Redirector) findHookProblem() error {
 	hooks, err := r.hooks()
 	if err != nil {
 		return err
@@ -250,13 +363,10 @@ func (r *Redirector) hookProblem() error {
 		if err != nil {
 			return fmt.Errorf("hook %s: open pinned link: %w", h.name, err)
 		}
-		info, err := l.Info()
+		err = onCgroup(l, id)
 		_ = l.Close()
 		if err != nil {
-			return fmt.Errorf("hook %s: read link: %w", h.name, err)
-		}
-		if info.Cgroup() == nil || info.Cgroup().CgroupId != id {
-			return fmt.Errorf("hook %s is not attached to cgroup %s", h.name, h.cgroup)
+			return fmt.Errorf("hook %s for %s: %w", h.name, h.cgroup, err)
 		}
 	}
 	return nil
@@ -265,7 +375,13 @@ func (r *Redirector) hookProblem() error {
 // takeOver makes every hook of the node and of the pods run this build's
 // programs. All builds that may do so share the maps, so the order is free.
 func (r *Redirector) takeOver() error {
-	if err := r.attachHooks(); err != nil {
+	r.hooksMu.Lock()
+	err := r.attachHooks()
+	r.hooksMu.Unlock()
+	if err != nil {
+		return err
+	}
+	if err := r.knowPods(true); err != nil {
 		return err
 	}
 	if err := r.store.purge(); err != nil {
@@ -276,27 +392,54 @@ func (r *Redirector) takeOver() error {
 		if err != nil || pod == nil {
 			return err // half removed: List says so
 		}
-		if err := r.attachPod(meta, pod); err != nil {
+		if err := r.takeOverPod(meta, pod); err != nil {
 			r.log.Warn("pod keeps its old programs", "pod", text(meta.Pod[:]), "pod_uid", text(meta.Uid[:]), "err", err)
 		}
 		return nil
 	})
 }
 
+// takeOverPod makes a pod's hooks run this build's programs.
+func (r *Redirector) takeOverPod(meta *redirectSlMeta, pod *redirectSlPod) error {
+	path := text(meta.Netns[:])
+	if err := sameNamespace(path, meta.NetnsInode); err != nil {
+		return err
+	}
+	if err := within(path, func(h inside) error { return r.attachPod(h, meta, pod) }); err != nil {
+		return err
+	}
+	// Earlier builds had tcx links where there is a filter now.
+	old, err := filepath.Glob(filepath.Join(r.podDir(meta.id()), "tcx_*"))
+	if err != nil {
+		return fmt.Errorf("find links of an earlier build: %w", err)
+	}
+	var errs []error
+	for _, pin := range old {
+		errs = append(errs, detachPinned(pin))
+	}
+	return errors.Join(errs...)
+}
+
 // Close implements redirect.Redirector.
 func (r *Redirector) Close() error {
-	return errors.Join(r.store.Close(), r.programs.Close())
+	r.hooksMu.Lock()
+	defer r.hooksMu.Unlock()
+	return errors.Join(r.keepHooks(nil), r.store.Close(), r.programs.Close())
 }
 
 // Probe returns nil if this machine has all that New needs, else an error that
 // wraps redirect.ErrNotSupported and names the first thing that is missing. It
 // loads the programs and attaches nothing.
-func Probe() error {
+func Probe() error { return probe("") }
+
+// probe is Probe for one who attaches to the given cgroup; empty: the root,
+// which must be mounted then.
+func probe(root string) error {
 	for _, have := range []struct {
 		what string
 		err  func() error
 	}{
-		{"cgroup v2 mounted", func() error { _, err := findCgroup(); return err }},
+		{"cgroup v2 mounted", func() error { return haveCgroup(root) }},
 		{"file system bpf", haveBPFFS},
 		{"program type cgroup_sock_addr", haveType(ebpf.CGroupSockAddr)},
 		{"program type sock_ops", haveType(ebpf.SockOps)},
@@ -307,12 +450,13 @@ func Probe() error {
 		{"map type sockhash", func() error { return features.HaveMapType(ebpf.SockHash) }},
 		{"map type lpm_trie", func() error { return features.HaveMapType(ebpf.LPMTrie) }},
 		{"helper bpf_get_netns_cookie in connect", haveHelper(ebpf.CGroupSockAddr, asm.FnGetNetnsCookie)},
+		{"helper bpf_get_current_ancestor_cgroup_id in connect", haveHelper(ebpf.CGroupSockAddr, asm.FnGetCurrentAncestorCgroupId)},
 		{"helper bpf_get_netns_cookie in sockops", haveHelper(ebpf.SockOps, asm.FnGetNetnsCookie)},
 		{"helper bpf_get_netns_cookie in getsockopt", haveHelper(ebpf.CGroupSockopt, asm.FnGetNetnsCookie)},
 		{"helper bpf_sk_storage_get in connect", haveHelper(ebpf.CGroupSockAddr, asm.FnSkStorageGet)},
 		{"helper bpf_sk_storage_get in sockops", haveHelper(ebpf.SockOps, asm.FnSkStorageGet)},
 		{"helper bpf_sk_storage_get in getsockopt", haveHelper(ebpf.CGroupSockopt, asm.FnSkStorageGet)},
-		{"helper bpf_skc_lookup_tcp in tcx", haveHelper(ebpf.SchedCLS, asm.FnSkcLookupTcp)},
+		{"helper bpf_skc_lookup_tcp in sched_cls", haveHelper(ebpf.SchedCLS, asm.FnSkcLookupTcp)},
 		{"helper bpf_sk_assign in sk_lookup", haveHelper(ebpf.SkLookup, asm.FnSkAssign)},
 		{"loading of the eBPF programs", loadUnpinned},
 	} {
@@ -322,6 +466,23 @@ func Probe() error {
 		case err != nil:
 			return fmt.Errorf("%s: %w: %w", have.what, redirect.ErrNotSupported, err)
 		}
+	}
+	return nil
+}
+
+// haveCgroup looks whether root is a cgroup of v2. On a node that is itself a
+// container its root is not that of the hierarchy, which is mounted nowhere.
+func haveCgroup(root string) error {
+	if root == "" {
+		_, err := cgroup.Root()
+		return err
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(root, &st); err != nil {
+		return fmt.Errorf("look at file system of %s: %w", root, err)
+	}
+	if st.Type != unix.CGROUP2_SUPER_MAGIC {
+		return fmt.Errorf("%s is no directory of cgroup v2: %w", root, redirect.ErrNotSupported)
 	}
 	return nil
 }
@@ -337,7 +498,7 @@ func haveHelper(t ebpf.ProgramType, f asm.BuiltinFunc) func() error {
 // loadUnpinned has the kernel verify all programs. What a probe cannot ask for
 // shows here: attach types, fields of contexts, helpers in combination.
 func loadUnpinned() error {
-	spec, err := prepare()
+	spec, err := prepare(0)
 	if err != nil {
 		return err
 	}
@@ -354,7 +515,8 @@ func loadUnpinned() error {
 // Uninstall removes everything of a node's data plane: redirection of all
 // pods, hooks, filters, addresses, pins and maps, and the bpffs if New has
 // mounted it. It needs no running Redirector and removes what it can even if
-// some of it fails. Only PinDir of the options is used.
+// some of it fails. It mounts nothing. Of the options PinDir, NoMount and Log are
+// used.
 func Uninstall(ctx context.Context, o Options) error {
 	o = o.withDefaults()
 	if ok, err := isBPFFS(filepath.Dir(o.PinDir)); err != nil || !ok {
@@ -364,14 +526,17 @@ func Uninstall(ctx context.Context, o Options) error {
 		return err
 	}
 	errs := []error{removeTree(ctx, o)}
-	return errors.Join(append(errs, unmountBPFFS(filepath.Dir(o.PinDir)))...)
+	if !o.NoMount {
+		errs = append(errs, unmountBPFFS(filepath.Dir(o.PinDir)))
+	}
+	return errors.Join(errs...)
 }
 
 func removeTree(ctx context.Context, o Options) error {
 	if !isDir(o.PinDir) {
 		return nil
 	}
-	unlock, err := lock(o.PinDir)
+	unlock, err := lock(o.PinDir, false)
 	if err != nil {
 		return err
 	}

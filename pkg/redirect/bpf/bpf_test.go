@@ -48,12 +48,13 @@ func open(tb testing.TB, o Options) *Redirector {
 
 func TestConformance(t *testing.T) {
 	o := newOptions(t)
-	redirecttest.Run(t, redirect.BackendEBPF, func(tb testing.TB) redirect.Redirector { return open(tb, o) })
+	redirecttest.Run(t, redirect.BackendEBPF, opener(o))
 }
 
-// TestConformanceWithoutTCX is what kernels before 6.6 do.
-func TestConformanceWithoutTCX(t *testing.T) {
-	o := newOptions(t)
-	o.forceCLS = true
-	redirecttest.Run(t, redirect.BackendEBPF, func(tb testing.TB) redirect.Redirector { return open(tb, o) })
+// opener opens the backend with options on a node.
+func opener(o Options) redirecttest.Open {
+	return func(tb testing.TB, hostNetns string) redirect.Redirector {
+		o.HostNetns = hostNetns
+		return open(tb, o)
+	}
 }

@@ -25,7 +25,8 @@ type reason struct {
 }
 
 // reasons names what enum sl_reason counts. Outbound connections are counted
-// when it is known how they end, inbound ones once for each SYN.
+// when it is known how they end, inbound ones once for each SYN; what could not
+// be exempt for want of room is counted as captured and as probes_full.
 func reasons() [redirectSlReasonSL_REASONS]reason {
 	return [...]reason{
 		redirectSlReasonSL_OUT_CAPTURED:           {redirect.Outbound, redirected, "captured"},
@@ -53,6 +54,8 @@ func reasons() [redirectSlReasonSL_REASONS]reason {
 		redirectSlReasonSL_IN_LISTENER_REFUSED:    {redirect.Inbound, denied, "listener_refused"},
 		redirectSlReasonSL_IN_LISTENER_MISSING:    {redirect.Inbound, denied, "listener_missing"},
 		redirectSlReasonSL_IN_ASSIGN_FAILED:       {redirect.Inbound, denied, "assign_failed"},
+		redirectSlReasonSL_IN_HOST_PROBE:          {redirect.Inbound, bypassed, "host_probe"},
+		redirectSlReasonSL_IN_PROBES_FULL:         {redirect.Inbound, redirected, "probes_full"},
 	}
 }
 
@@ -102,6 +105,7 @@ func (r *Redirector) MapUsage(ctx context.Context) ([]redirect.MapUsage, error) 
 		{redirectMapCidrs, s.Cidrs},
 		{redirectMapHandover, s.Handover},
 		{redirectMapListeners, s.Listeners},
+		{redirectMapProbes, s.Probes},
 	} {
 		n, err := count(ctx, m.m)
 		if err != nil {

@@ -27,6 +27,7 @@ import (
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+	"github.com/sluicemesh/sluice/pkg/redirect/redirecttest"
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
@@ -153,58 +154,58 @@ func TestTakeOver(t *testing.T) {
 }
 
 // TestTakeOverOtherPrograms shows that a new process replaces the programs of
-// all links, with tcx and with cls_bpf.
+// all links and filters, and ends the tcx links of earlier builds.
 func TestTakeOverOtherPrograms(t *testing.T) {
-	for _, forceCLS := range []bool{false, true} {
-		t.Run(fmt.Sprintf("forceCLS=%v", forceCLS), func(t *testing.T) {
-			o := newOptions(t)
-			o.forceCLS = forceCLS
-			pod := netnstest.NewNode(t).Pod(t, "pod")
-			r := open(t, o)
-			mustAdd(t, r, workload(t, pod))
-			if err := r.Close(); err != nil {
-				t.Fatal(err)
-			}
+	o := newOptions(t)
+	pod := netnstest.NewNode(t).Pod(t, "pod")
+	r := open(t, o)
+	w := workload(t, pod)
+	mustAdd(t, r, w)
+	tcx := pinTCX(t, r, w)
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
 
-			links := func() (ids []ebpf.ProgramID) {
-				t.Helper()
-				if err := filepath.WalkDir(o.PinDir, func(path string, d fs.DirEntry, err error) error {
-					if err != nil || d.IsDir() || strings.HasPrefix(path, filepath.Join(o.PinDir, "maps")) {
-						return err
-					}
-					info, err := pinnedInfo(path)
-					if err == nil {
-						ids = append(ids, info.Program)
-					}
-					return err
-				}); err != nil {
-					t.Fatal(err)
-				}
-				return ids
+	links := func() (ids []ebpf.ProgramID) {
+		t.Helper()
+		if err := filepath.WalkDir(o.PinDir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || d.IsDir() || strings.HasPrefix(path, filepath.Join(o.PinDir, "maps")) {
+				return err
 			}
-			old := links()
-			r = open(t, o)
-			defer func() { _ = r.Close() }()
-			fresh := links()
-			want := 7
-			if hasTCX(t, o) {
-				want++
+			info, err := pinnedInfo(path)
+			if err == nil {
+				ids = append(ids, info.Program)
 			}
-			if len(old) != want || len(fresh) != want {
-				t.Errorf("%d links before, %d after, want %d", len(old), len(fresh), want)
-			}
-			for _, id := range fresh {
-				if slices.Contains(old, id) {
-					t.Errorf("program %d is still attached", id)
-				}
-			}
-			for _, id := range old {
-				if p, err := ebpf.NewProgramFromID(id); err == nil {
-					_ = p.Close()
-					t.Errorf("program %d is still loaded", id)
-				}
-			}
-		})
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return ids
+	}
+	old := links()
+	r = open(t, o)
+	defer func() { _ = r.Close() }()
+	fresh := links()
+	const want = 9
+	if len(old) != want+tcx || len(fresh) != want {
+		t.Errorf("%d links before, %d after, want %d and %d", len(old), len(fresh), want+tcx, want)
+	}
+	for _, id := range fresh {
+		if slices.Contains(old, id) {
+			t.Errorf("program %d is still attached", id)
+		}
+	}
+	// The kernel frees programs a moment later.
+	for deadline := time.Now().Add(5 * time.Second); len(old) > 0; {
+		p, err := ebpf.NewProgramFromID(old[0])
+		if err != nil {
+			old = old[1:]
+			continue
+		}
+		_ = p.Close()
+		if time.Now().After(deadline) {
+			t.Fatalf("program %d is still loaded", old[0])
+		}
 	}
 }
 
@@ -278,7 +279,7 @@ func mapID(t *testing.T, path string) ebpf.MapID {
 // TestMapsKeepTheirSize: a new default must not keep a process from taking over.
 func TestMapsKeepTheirSize(t *testing.T) {
 	o := newOptions(t)
-	o.Sizes = Sizes{Pods: 3, Ports: 30, CIDRs: 31, Handover: 32}
+	o.Sizes = Sizes{Pods: 3, Ports: 30, CIDRs: 31, Handover: 32, Probes: 33}
 	if err := open(t, o).Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -296,6 +297,7 @@ func TestMapsKeepTheirSize(t *testing.T) {
 		{Name: "cidrs", Capacity: 31},
 		{Name: "handover", Capacity: 32},
 		{Name: "listeners", Capacity: 6},
+		{Name: "probes", Capacity: 33},
 	}
 	if diff := cmp.Diff(want, usage); diff != "" {
 		t.Errorf("usage (-want +got):\n%s", diff)
@@ -305,51 +307,46 @@ func TestMapsKeepTheirSize(t *testing.T) {
 // TestUninstall compares what the kernel has before and after, without a
 // Redirector at work and with a namespace that is gone.
 func TestUninstall(t *testing.T) {
-	for _, forceCLS := range []bool{false, true} {
-		t.Run(fmt.Sprintf("forceCLS=%v", forceCLS), func(t *testing.T) {
-			o := newOptions(t)
-			o.forceCLS = forceCLS
-			node := netnstest.NewNode(t)
-			pod, gone := node.Pod(t, "pod"), node.Pod(t, "gone")
-			state := pod.State(t)
-			r := open(t, o)
-			w := workload(t, pod)
-			w.Policy.Outbound.ExcludePorts.List = []uint16{25}
-			mustAdd(t, r, w)
-			mustAdd(t, r, workload(t, gone))
-			own := objects(t, o.PinDir)
-			if len(own) < 8 {
-				t.Fatalf("only %d objects are pinned", len(own))
-			}
-			if pod.State(t).Diff(state) == "" {
-				t.Error("Add has changed nothing in the namespace")
-			}
-			if err := r.Close(); err != nil {
-				t.Fatal(err)
-			}
-			gone.Remove(t)
-			for range 2 {
-				if err := Uninstall(t.Context(), o); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if diff := pod.State(t).Diff(state); diff != "" {
-				t.Errorf("left in the namespace:\n%s", diff)
-			}
-			// The kernel frees maps and programs a moment later.
-			deadline := time.Now().Add(5 * time.Second)
-			for exist(own) != "" && time.Now().Before(deadline) {
-				if _, err := os.ReadDir("/proc"); err != nil {
-					t.Fatal(err)
-				}
-			}
-			if left := exist(own); left != "" {
-				t.Errorf("left in the kernel: %s", left)
-			}
-			if _, err := os.Stat(o.PinDir); !errors.Is(err, fs.ErrNotExist) {
-				t.Errorf("pin directory: %v", err)
-			}
-		})
+	o := newOptions(t)
+	node := netnstest.NewNode(t)
+	pod, gone := node.Pod(t, "pod"), node.Pod(t, "gone")
+	state := pod.State(t)
+	r := open(t, o)
+	w := workload(t, pod)
+	w.Policy.Outbound.ExcludePorts.List = []uint16{25}
+	mustAdd(t, r, w)
+	mustAdd(t, r, workload(t, gone))
+	own := objects(t, o.PinDir)
+	if len(own) < 8 {
+		t.Fatalf("only %d objects are pinned", len(own))
+	}
+	if pod.State(t).Diff(state) == "" {
+		t.Error("Add has changed nothing in the namespace")
+	}
+	if err := r.Close(); err != nil {
+		t.Fatal(err)
+	}
+	gone.Remove(t)
+	for range 2 {
+		if err := Uninstall(t.Context(), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if diff := pod.State(t).Diff(state); diff != "" {
+		t.Errorf("left in the namespace:\n%s", diff)
+	}
+	// The kernel frees maps and programs a moment later.
+	deadline := time.Now().Add(5 * time.Second)
+	for exist(own) != "" && time.Now().Before(deadline) {
+		if _, err := os.ReadDir("/proc"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if left := exist(own); left != "" {
+		t.Errorf("left in the kernel: %s", left)
+	}
+	if _, err := os.Stat(o.PinDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("pin directory: %v", err)
 	}
 }
 
@@ -405,26 +402,39 @@ func exist(all []object) string {
 	return strings.Join(left, ", ")
 }
 
-// hasTCX reports whether a Redirector with these options attaches to tcx.
-func hasTCX(t *testing.T, o Options) bool {
+// pinTCX pins what earlier builds had on a pod's interface where the kernel has
+// tcx (6.6), and says how many links those are.
+func pinTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
 	t.Helper()
 	version, err := features.LinuxVersionCode()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return version >= 6<<16|6<<8 && !o.forceCLS
+	if version < 6<<16|6<<8 {
+		return 0
+	}
+	err = within(w.Netns, func(h inside) error {
+		eth0, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		l, err := link.AttachTCX(link.TCXOptions{
+			Interface: eth0.Attrs().Index, Program: r.programs.SlIngress, Attach: ebpf.AttachTCXIngress,
+		})
+		if err != nil {
+			return err
+		}
+		return errors.Join(l.Pin(filepath.Join(r.podDir(w.ID), "tcx_"+strconv.Itoa(eth0.Attrs().Index))), l.Close())
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return 1
 }
 
 // TestMend takes parts of the redirection away and has Add put them back.
 func TestMend(t *testing.T) {
-	for _, forceCLS := range []bool{false, true} {
-		t.Run(fmt.Sprintf("forceCLS=%v", forceCLS), func(t *testing.T) { testMend(t, forceCLS) })
-	}
-}
-
-func testMend(t *testing.T, forceCLS bool) {
 	o := newOptions(t)
-	o.forceCLS = forceCLS
 	node := netnstest.NewNode(t)
 	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
 	proxy(t, pod)
@@ -439,7 +449,7 @@ func testMend(t *testing.T, forceCLS bool) {
 		t.Fatal(err)
 	}
 	damage := map[string]func() error{
-		"::6":             func() error { return pod.Do(removeProxySource6) },
+		"::6":             func() error { return within(pod.Netns, inside.removeProxySource6) },
 		"pod_ips":         func() error { return r.store.PodIps.Delete(&redirectSlAddr{Byte: pod.Addr6.As16()}) },
 		"hook connect6":   func() error { return detachPinned(filepath.Join(r.hookDir(), "connect6")) },
 		"hook getsockopt": func() error { return os.Remove(filepath.Join(r.hookDir(), "getsockopt")) },
@@ -447,8 +457,8 @@ func testMend(t *testing.T, forceCLS bool) {
 	for _, pin := range pins {
 		damage[pin.Name()] = func() error { return detachPinned(filepath.Join(r.podDir(w.ID), pin.Name())) }
 	}
-	if !hasTCX(t, o) {
-		damage["filter"] = func() error { return pod.Do(func() error { return detachFilters(func(int) bool { return false }) }) }
+	damage["filter"] = func() error {
+		return within(pod.Netns, func(h inside) error { return h.detachFilters(func(int) bool { return false }) })
 	}
 	if len(damage) != 6 {
 		t.Fatalf("pins of the pod: %v", pins)
@@ -793,6 +803,47 @@ func TestUninstallOfNothing(t *testing.T) {
 	}
 }
 
+// TestNoMount: where mounts end with the process only the node's own bpffs will
+// do, which is the node's to mount and to keep.
+func TestNoMount(t *testing.T) {
+	node := newOptions(t)
+	dir := filepath.Dir(node.PinDir)
+	o := node
+	o.NoMount = true
+	wantBPFFS := func(want bool) {
+		t.Helper()
+		if got, err := isBPFFS(dir); err != nil || got != want {
+			t.Fatalf("%s is a bpffs: %v, %v; want %v", dir, got, err, want)
+		}
+	}
+	_, err := New(o)
+	if !errors.Is(err, redirect.ErrNotSupported) || !strings.Contains(fmt.Sprint(err), "mount -t bpf bpf "+dir) {
+		t.Errorf("without a bpffs: got %v, want ErrNotSupported that says how to mount one", err)
+	}
+	wantBPFFS(false)
+	if err := Uninstall(t.Context(), o); err != nil {
+		t.Errorf("uninstall without a bpffs: %v", err)
+	}
+	wantBPFFS(false)
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) > 0 {
+		t.Errorf("left in %s: %v, %v", dir, entries, err)
+	}
+
+	if err := provideBPFFS(dir, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := open(t, o).Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := Uninstall(t.Context(), o); err != nil {
+		t.Errorf("uninstall: %v", err)
+	}
+	wantBPFFS(true)
+	if _, err := os.Stat(o.PinDir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("pin directory: %v", err)
+	}
+}
+
 // TestHookRunsTwice: while a new process moves the hooks to another cgroup,
 // the old and the new connect program both run for a connection.
 func TestHookRunsTwice(t *testing.T) {
@@ -827,6 +878,110 @@ func TestHookRunsTwice(t *testing.T) {
 	if got := netnstest.AddrPort(c.RemoteAddr()); got != dst {
 		t.Errorf("peer is %s, want %s", got, dst)
 	}
+}
+
+// TestCgroupIsRoot: the cgroup that is given is taken for the root. What serves
+// pods alone goes to theirs below it, and moves when that appears later; before
+// and after that connections are led to the proxy.
+func TestCgroupIsRoot(t *testing.T) {
+	o := newOptions(t)
+	o.Cgroup = netnstest.NewCgroup(t)
+	pods := filepath.Join(o.Cgroup, "kubepods")
+	node := netnstest.NewNode(t)
+	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
+	proxy(t, pod)
+	peer.Serve(t, netip.AddrPortFrom(peer.Addr4, 80), "peer")
+	app := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(o.Cgroup, "app"))
+	wantProxy := func() {
+		t.Helper()
+		if got, err := app.Ask(netip.AddrPortFrom(peer.Addr4, 80)); err != nil || got != "proxy" {
+			t.Fatalf("%q answers, %v; want the proxy", got, err)
+		}
+	}
+	var links map[string]link.ID
+	// wantHooks reads anew where the kernel has the hooks.
+	wantHooks := func(podsAt string) {
+		t.Helper()
+		links = map[string]link.ID{}
+		for name, dir := range map[string]string{
+			"sockops": o.Cgroup, "host_connect4": o.Cgroup, "host_connect6": o.Cgroup,
+			"connect4": podsAt, "connect6": podsAt, "getpeername4": podsAt, "getpeername6": podsAt, "getsockopt": podsAt,
+		} {
+			id, err := cgroupID(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			info, err := pinnedInfo(filepath.Join(o.PinDir, "links", name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := info.Cgroup().CgroupId; got != id {
+				t.Errorf("%s is attached to cgroup %d, want %d (%s)", name, got, id, dir)
+			}
+			links[name] = info.ID
+		}
+	}
+	takeOver := func(r *Redirector) *Redirector {
+		t.Helper()
+		if err := r.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return open(t, o)
+	}
+
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	w := workload(t, pod)
+	mustAdd(t, r, w)
+	wantHooks(o.Cgroup)
+	wantProxy()
+	before := links
+
+	// The kubelet makes the cgroup, and a process of the pod is in there.
+	old := app
+	app = redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
+	old.Kill()
+	wantProxy()
+	r = takeOver(r)
+	wantHooks(pods)
+	wantProxy()
+	if links["connect4"] == before["connect4"] || links["sockops"] != before["sockops"] {
+		t.Errorf("links before: %v, after: %v; want those of pods anew and the others as they were", before, links)
+	}
+	for id := range map[link.ID]bool{before["connect4"]: true, before["getsockopt"]: true} {
+		if !ended(t, id) {
+			t.Errorf("link %d to the root is still there", id)
+		}
+	}
+
+	// Of two names one is stale, and nobody can tell which. An agent that is at
+	// work sees it as well, and the next Add mends it.
+	if err := os.Mkdir(pods+".slice", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := r.List(t.Context()); err != nil || len(list) != 1 || list[0].Problem == nil {
+		t.Errorf("List() = %v, %v; want one with a problem", list, err)
+	}
+	mustAdd(t, r, w)
+	wantHooks(o.Cgroup)
+	wantProxy()
+}
+
+// ended waits until the kernel has freed a link, which it does a moment after
+// the last use.
+func ended(t *testing.T, id link.ID) bool {
+	t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		l, err := link.NewFromID(id)
+		if errors.Is(err, fs.ErrNotExist) {
+			return true
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = l.Close()
+	}
+	return false
 }
 
 // TestPodsCgroup: the pods' own cgroup is preferred to the root.

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -51,28 +50,6 @@ func mounts() ([]mount, error) {
 	return all, nil
 }
 
-// findCgroup returns where the root of the cgroup v2 hierarchy is mounted. In
-// a container several subtrees may be, all called "/"; only the true root has
-// no cgroup.events.
-func findCgroup() (string, error) {
-	all, err := mounts()
-	if err != nil {
-		return "", err
-	}
-	for _, m := range all {
-		if m.fstype != "cgroup2" {
-			continue
-		}
-		if _, err := os.Stat(filepath.Join(m.point, "cgroup.procs")); err != nil {
-			continue // hidden by another mount
-		}
-		if _, err := os.Stat(filepath.Join(m.point, "cgroup.events")); errors.Is(err, fs.ErrNotExist) {
-			return m.point, nil
-		}
-	}
-	return "", fmt.Errorf("root of the cgroup v2 hierarchy is not mounted: %w", redirect.ErrNotSupported)
-}
-
 // podsCgroup returns the cgroup below root that all pods live in, else root.
 // Programs of a child run before those of the root, so that Sluice sees the
 // address of a Service before a load balancer on the root has replaced it.
@@ -114,11 +91,16 @@ func isBPFFS(dir string) (bool, error) {
 	return st.Type == unix.BPF_FS_MAGIC, nil
 }
 
-// mountBPFFS makes dir a bpffs unless it is one.
-func mountBPFFS(dir string) error {
+// provideBPFFS makes dir a bpffs unless it is one. With noMount set it is the
+// node's to have one.
+func provideBPFFS(dir string, noMount bool) error {
 	ok, err := isBPFFS(dir)
 	if err != nil || ok {
 		return err
+	}
+	if noMount {
+		return fmt.Errorf("no bpffs is mounted at %s on the node (there: mount -t bpf bpf %s, then restart the agent): %w",
+			dir, dir, redirect.ErrNotSupported)
 	}
 	if err := unix.Mount(mountSource, dir, "bpf", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, "mode=0700"); err != nil {
 		return fmt.Errorf("mount bpffs on %s: %w", dir, err)
@@ -126,7 +108,7 @@ func mountBPFFS(dir string) error {
 	return nil
 }
 
-// unmountBPFFS undoes mountBPFFS, unless others have put something there.
+// unmountBPFFS undoes provideBPFFS, unless others have put something there.
 func unmountBPFFS(dir string) error {
 	all, err := mounts()
 	if err != nil {
@@ -154,15 +136,20 @@ func unmountBPFFS(dir string) error {
 	return nil
 }
 
-// lock admits one process and one goroutine at a time to the pins in dir. The
-// returned function ends that; the death of the process does as well.
-func lock(dir string) (unlock func(), err error) {
+// lock admits one process to the pins in dir, alone or together with others who
+// want only to look at or change single pods. The returned function ends that;
+// the death of the process does as well.
+func lock(dir string, together bool) (unlock func(), err error) {
+	how := unix.LOCK_EX
+	if together {
+		how = unix.LOCK_SH
+	}
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open pin directory %s: %w", dir, err)
 	}
 	for {
-		err := unix.Flock(fd, unix.LOCK_EX)
+		err := unix.Flock(fd, how)
 		if err == nil {
 			return func() { _ = unix.Close(fd) }, nil
 		}

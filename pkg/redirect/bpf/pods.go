@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -34,20 +33,35 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	unlock, err := lock(r.dir)
+	unlock, err := r.begin(w.ID)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	inode, err := netns.Inode(w.Netns)
+	if err := sameNamespace(w.Netns, w.ID.NetnsInode); err != nil {
+		return err
+	}
+	return within(w.Netns, func(h inside) error { return r.ensure(h, w) })
+}
+
+// begin waits for the workload's turn and keeps other processes from what only
+// one may do at a time.
+func (r *Redirector) begin(id redirect.ID) (end func(), err error) {
+	unlock, err := lock(r.dir, true)
+	if err != nil {
+		return nil, err
+	}
+	endTurn := r.turns.Take(id)
+	return func() { endTurn(); unlock() }, nil
+}
+
+// ensure is Add inside the pod's namespace.
+func (r *Redirector) ensure(h inside, w redirect.Workload) error {
+	cookie, err := netns.OwnCookie()
 	if err != nil {
 		return err
 	}
-	if inode != w.ID.NetnsInode {
-		return fmt.Errorf("network namespace %s has inode %d, not %d: %w", w.Netns, inode, w.ID.NetnsInode, redirect.ErrGone)
-	}
-	cookie, err := netns.Cookie(w.Netns)
-	if err != nil {
+	if err := r.knowPods(false); err != nil {
 		return err
 	}
 	old, err := r.store.pod(cookie)
@@ -58,10 +72,13 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	if err != nil {
 		return err
 	}
-	if old != nil && old.Digest == uint64(w.Digest()) && r.problem(cookie, meta, old) == nil {
+	if err := r.ensureHooks(); err != nil {
+		return err
+	}
+	if old != nil && old.Digest == uint64(w.Digest()) && r.outsideProblem(cookie, meta, old) == nil && r.insideProblem(h, meta, old) == nil {
 		return nil
 	}
-	if err := r.add(cookie, w, meta, old); err != nil {
+	if err := r.add(h, cookie, w, meta, old); err != nil {
 		return fmt.Errorf("redirect network namespace %s: %w", w.Netns, err)
 	}
 	return nil
@@ -87,23 +104,14 @@ func describe(w redirect.Workload) (*redirectSlMeta, error) {
 }
 
 // add installs w over old, which is nil if the pod is new.
-func (r *Redirector) add(cookie uint64, w redirect.Workload, meta *redirectSlMeta, old *redirectSlPod) (err error) {
-	pod := &redirectSlPod{Digest: uint64(w.Digest()), ProxyUid: w.Policy.ProxyUID}
+func (r *Redirector) add(h inside, cookie uint64, w redirect.Workload, meta *redirectSlMeta, old *redirectSlPod) (err error) {
+	pod := &redirectSlPod{Digest: uint64(w.Digest()), ProxyUid: proxyUID(w)}
 	for _, a := range w.Addrs {
 		pod.setAddr(a.Unmap())
 	}
-	var routes []route
-	if err := netns.Do(w.Netns, func() error {
-		routes, err = resolve(w, meta, pod)
+	routes, err := h.resolve(w, meta, pod)
+	if err != nil {
 		return err
-	}); err != nil {
-		return err
-	}
-	if err := r.hookProblem(); err != nil {
-		r.log.Warn("mending hooks", "reason", err)
-		if err := r.attachHooks(); err != nil {
-			return err
-		}
 	}
 
 	t := compile(w.Policy, routes)
@@ -118,17 +126,17 @@ func (r *Redirector) add(cookie uint64, w redirect.Workload, meta *redirectSlMet
 			err = errors.Join(err, r.store.deletePolicy(pod.Policy, t.entries()))
 		}
 	}()
-	if err := write(r.store.PodMeta, redirectMapPodMeta, cookie, meta, ebpf.UpdateAny); err != nil {
+	if err := r.store.addMeta(cookie, meta); err != nil {
 		return err
 	}
 	if err := r.addStats(cookie); err != nil {
 		return err
 	}
-	if err := r.attachPod(meta, pod); err != nil {
+	if err := r.attachPod(h, meta, pod); err != nil {
 		return err
 	}
 	for _, a := range pod.addrs() {
-		if err := write(r.store.PodIps, redirectMapPodIps, &redirectSlAddr{Byte: a.As16()}, cookie, ebpf.UpdateAny); err != nil {
+		if err := r.store.addAddr(cookie, a); err != nil {
 			return err
 		}
 	}
@@ -137,7 +145,7 @@ func (r *Redirector) add(cookie uint64, w redirect.Workload, meta *redirectSlMet
 		return err
 	}
 	live = true
-	return r.trim(cookie, w, pod, old)
+	return r.trim(h, cookie, pod, old)
 }
 
 // addStats makes the counters of a pod, unless it has them.
@@ -154,40 +162,33 @@ func (r *Redirector) addStats(cookie uint64) error {
 }
 
 // trim removes what old had and pod has no more.
-func (r *Redirector) trim(cookie uint64, w redirect.Workload, pod, old *redirectSlPod) error {
+func (r *Redirector) trim(h inside, cookie uint64, pod, old *redirectSlPod) error {
 	if old == nil {
 		return nil
 	}
 	errs := []error{r.store.deletePolicy(old.Policy, int(old.Entries))}
 	for _, a := range old.addrs() {
 		if !slices.Contains(pod.addrs(), a) {
-			errs = append(errs, r.store.deleteAddr(cookie, a))
+			errs = append(errs, r.store.deleteAddr(cookie, redirectSlAddr{Byte: a.As16()}))
 		}
 	}
-	dir := r.podDir(w.ID)
-	for _, ifindex := range old.CapturedIf {
-		if ifindex != 0 && !slices.Contains(pod.CapturedIf[:], ifindex) {
-			errs = append(errs, detachPinned(filepath.Join(dir, pinTCX+strconv.Itoa(int(ifindex)))))
-		}
-	}
-	errs = append(errs, netns.Do(w.Netns, func() error {
-		return detachFilters(func(ifindex int) bool { return slices.Contains(pod.CapturedIf[:], uint32(ifindex)) })
-	}))
-	return errors.Join(errs...)
+	return errors.Join(append(errs, h.detachFilters(func(ifindex int) bool {
+		return slices.Contains(pod.CapturedIf[:], uint32(ifindex))
+	}))...)
 }
 
-// resolve runs inside the pod's namespace: it fills in the interfaces of pod
-// and returns the pod's routes if one leads out of an excluded interface.
-func resolve(w redirect.Workload, meta *redirectSlMeta, pod *redirectSlPod) ([]route, error) {
+// resolve fills in the interfaces of pod and returns the pod's routes if one
+// leads out of an excluded interface.
+func (h inside) resolve(w redirect.Workload, meta *redirectSlMeta, pod *redirectSlPod) ([]route, error) {
 	for i, name := range meta.interfaces() {
-		l, err := netlink.LinkByName(name)
+		l, err := h.LinkByName(name)
 		if err != nil {
 			return nil, fmt.Errorf("find interface %s: %w", name, err)
 		}
 		pod.CapturedIf[i] = uint32(l.Attrs().Index)
 	}
 	for i, name := range w.Policy.ExcludeInterfaces {
-		l, err := netlink.LinkByName(name)
+		l, err := h.LinkByName(name)
 		if errors.As(err, &netlink.LinkNotFoundError{}) {
 			continue // there is nothing to exclude
 		}
@@ -199,17 +200,17 @@ func resolve(w redirect.Workload, meta *redirectSlMeta, pod *redirectSlPod) ([]r
 	if len(w.Policy.ExcludeInterfaces) == 0 {
 		return nil, nil
 	}
-	return routes(pod.ExcludedIf[:])
+	return h.routes(pod.ExcludedIf[:])
 }
 
 // routes returns the main routing table's routes, nil if none of them leads
 // out of one of the interfaces.
-func routes(interfaces []uint32) ([]route, error) {
+func (h inside) routes(interfaces []uint32) ([]route, error) {
 	var found []route
 	any := false
 	metric := make(map[netip.Prefix]int)
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		list, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		list, err := h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
@@ -261,7 +262,13 @@ func destination(family int, dst *net.IPNet) (netip.Prefix, bool) {
 
 // attachPod attaches the pod's own hooks, or updates them, and sees to ::6.
 // They do nothing until the pod is in the maps.
-func (r *Redirector) attachPod(meta *redirectSlMeta, pod *redirectSlPod) error {
+func (r *Redirector) attachPod(h inside, meta *redirectSlMeta, pod *redirectSlPod) error {
+	if pod.has6() {
+		// First, because the kernel takes its time: see below.
+		if err := h.addProxySource6(); err != nil {
+			return err
+		}
+	}
 	dir, path := r.podDir(meta.id()), text(meta.Netns[:])
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
@@ -269,20 +276,18 @@ func (r *Redirector) attachPod(meta *redirectSlMeta, pod *redirectSlPod) error {
 	if err := r.attachLookup(dir, path, meta.NetnsInode); err != nil {
 		return err
 	}
-	return netns.Do(path, func() error {
-		for _, ifindex := range pod.CapturedIf {
-			if ifindex == 0 {
-				break
-			}
-			if err := r.attachIngress(dir, ifindex); err != nil {
-				return err
-			}
+	for _, ifindex := range pod.CapturedIf {
+		if ifindex == 0 {
+			break
 		}
-		if pod.has6() {
-			return addProxySource6()
+		if err := r.attachIngress(h, ifindex); err != nil {
+			return err
 		}
-		return nil
-	})
+	}
+	if pod.has6() {
+		return h.awaitProxySource6()
+	}
+	return nil
 }
 
 // has6 reports whether the pod has an IPv6 address.
@@ -311,7 +316,7 @@ const (
 )
 
 func (r *Redirector) end(id redirect.ID, how ending) error {
-	unlock, err := lock(r.dir)
+	unlock, err := r.begin(id)
 	if err != nil {
 		return err
 	}
@@ -322,7 +327,7 @@ func (r *Redirector) end(id redirect.ID, how ending) error {
 	return nil
 }
 
-// remove ends a redirection, under the lock, and says whether ::6 has to stay.
+// remove ends a redirection, in its turn, and says whether ::6 has to stay.
 func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 	cookie, meta, err := r.store.find(id)
 	if err != nil {
@@ -336,7 +341,7 @@ func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 	if err = errors.Join(err, inside); err != nil || left {
 		return left, err // meta stays, so that the rest is found
 	}
-	return false, deleteKey(r.store.PodMeta, cookie)
+	return false, r.store.deleteMeta(cookie, id)
 }
 
 // cleanNamespace removes what a pod has inside its namespace, if that is still
@@ -345,8 +350,8 @@ func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
 	path := text(meta.Netns[:])
 	err = sameNamespace(path, meta.NetnsInode)
 	if err == nil {
-		err = netns.Do(path, func() error {
-			err := detachFilters(func(int) bool { return false })
+		err = within(path, func(h inside) error {
+			err := h.detachFilters(func(int) bool { return false })
 			if how == whenIdle {
 				var used error
 				left, used = proxySource6Used()
@@ -355,7 +360,7 @@ func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
 			if how == yielded || left {
 				return err
 			}
-			return errors.Join(err, removeProxySource6())
+			return errors.Join(err, h.removeProxySource6())
 		})
 	}
 	if errors.Is(err, redirect.ErrGone) {
@@ -380,58 +385,75 @@ func sameNamespace(path string, inode uint64) error {
 // List implements redirect.Redirector. A workload whose namespace has vanished
 // has a Problem that wraps redirect.ErrGone.
 func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
-	unlock, err := lock(r.dir)
+	unlock, err := lock(r.dir, true)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	var all []redirect.Installed
-	var left []redirectSlMeta
-	node := r.hookProblem()
+	// First what there is, then each workload in its turn.
+	found := make(map[redirect.ID]uint64)
 	err = r.store.each(func(cookie uint64, meta *redirectSlMeta) error {
-		i := redirect.Installed{ID: meta.id(), Pod: text(meta.Pod[:]), Netns: text(meta.Netns[:])}
-		pod, err := r.store.pod(cookie)
-		if err != nil {
-			return err
-		}
-		switch {
-		case pod == nil && !isDir(r.podDir(meta.id())):
-			left = append(left, *meta) // Remove came as far as ::6
-			return ctx.Err()
-		case pod == nil:
-			i.Problem = errors.New("installed or removed only in part")
-		default:
-			i.Digest = redirect.Digest(pod.Digest)
-			if i.Problem = node; node == nil {
-				i.Problem = r.podProblem(cookie, meta, pod)
-			}
-		}
-		all = append(all, i)
+		found[meta.id()] = cookie
 		return ctx.Err()
 	})
-	for _, meta := range left {
-		if _, err := r.remove(meta.id(), whenIdle); err != nil {
-			all = append(all, redirect.Installed{ID: meta.id(), Pod: text(meta.Pod[:]), Netns: text(meta.Netns[:]), Problem: err})
+	node := errors.Join(r.hookProblem(), r.knowPods(true))
+	var all []redirect.Installed
+	for id, cookie := range found {
+		i, ok, lookErr := r.look(id, cookie, node)
+		if lookErr != nil || ctx.Err() != nil {
+			err = errors.Join(err, lookErr, ctx.Err())
+			break
+		}
+		if ok {
+			all = append(all, i)
 		}
 	}
 	slices.SortFunc(all, func(a, b redirect.Installed) int { return strings.Compare(a.ID.String(), b.ID.String()) })
 	return all, err
 }
 
-// problem names what is missing of the node's hooks or the pod's.
-func (r *Redirector) problem(cookie uint64, meta *redirectSlMeta, pod *redirectSlPod) error {
-	if err := r.hookProblem(); err != nil {
-		return err
+// look returns what is installed of a workload, and takes away what Remove has
+// left. node is what is wrong with the node's hooks.
+func (r *Redirector) look(id redirect.ID, cookie uint64, node error) (i redirect.Installed, ok bool, err error) {
+	defer r.turns.Take(id)()
+	meta, err := r.store.meta(cookie)
+	if err != nil || meta == nil || meta.id() != id {
+		return i, false, err // removed since
 	}
-	return r.podProblem(cookie, meta, pod)
+	pod, err := r.store.pod(cookie)
+	if err != nil {
+		return i, false, err
+	}
+	i = redirect.Installed{ID: id, Pod: text(meta.Pod[:]), Netns: text(meta.Netns[:])}
+	switch {
+	case pod == nil && !isDir(r.podDir(id)): // Remove came as far as ::6
+		_, i.Problem = r.remove(id, whenIdle)
+		return i, i.Problem != nil, nil
+	case pod == nil:
+		i.Problem = errors.New("installed or removed only in part")
+	default:
+		i.Digest = redirect.Digest(pod.Digest)
+		if i.Problem = node; node == nil {
+			i.Problem = r.podProblem(cookie, meta, pod)
+		}
+	}
+	return i, true, nil
 }
 
 // podProblem names what is missing of a pod's redirection.
 func (r *Redirector) podProblem(cookie uint64, meta *redirectSlMeta, pod *redirectSlPod) error {
-	path, dir := text(meta.Netns[:]), r.podDir(meta.id())
+	path := text(meta.Netns[:])
 	if err := sameNamespace(path, meta.NetnsInode); err != nil {
 		return err
 	}
+	if err := r.outsideProblem(cookie, meta, pod); err != nil {
+		return err
+	}
+	return within(path, func(h inside) error { return r.insideProblem(h, meta, pod) })
+}
+
+// outsideProblem names what is missing in the maps and of the pins.
+func (r *Redirector) outsideProblem(cookie uint64, meta *redirectSlMeta, pod *redirectSlPod) error {
 	for _, a := range pod.addrs() {
 		var owner uint64
 		if err := r.store.PodIps.Lookup(&redirectSlAddr{Byte: a.As16()}, &owner); err != nil {
@@ -441,46 +463,38 @@ func (r *Redirector) podProblem(cookie uint64, meta *redirectSlMeta, pod *redire
 			return fmt.Errorf("address %s in map %s belongs to another pod", a, redirectMapPodIps)
 		}
 	}
-	info, err := pinnedInfo(filepath.Join(dir, pinLookup))
+	info, err := pinnedInfo(filepath.Join(r.podDir(meta.id()), pinLookup))
 	if err != nil {
 		return err
 	}
 	if info.NetNs() == nil || uint64(info.NetNs().NetnsInode) != meta.NetnsInode {
 		return errors.New("sk_lookup link is not attached to the pod's network namespace")
 	}
-	return netns.Do(path, func() error { return r.insideProblem(dir, meta, pod) })
+	return nil
 }
 
-// insideProblem names what is missing inside the pod's namespace, which the
-// thread is in.
-func (r *Redirector) insideProblem(dir string, meta *redirectSlMeta, pod *redirectSlPod) error {
+// insideProblem names what is missing inside the pod's namespace.
+func (r *Redirector) insideProblem(h inside, meta *redirectSlMeta, pod *redirectSlPod) error {
 	for i, name := range meta.interfaces() {
-		l, err := netlink.LinkByName(name)
+		l, err := h.LinkByName(name)
 		if err != nil {
 			return fmt.Errorf("find interface %s: %w", name, err)
 		}
 		if uint32(l.Attrs().Index) != pod.CapturedIf[i] {
 			return fmt.Errorf("interface %s was made anew", name)
 		}
-		own, _, err := filters(l)
+		own, _, err := h.filters(l)
 		if err != nil {
 			return err
 		}
-		if len(own) > 0 {
-			continue
-		}
-		info, err := pinnedInfo(filepath.Join(dir, pinTCX+strconv.Itoa(l.Attrs().Index)))
-		if err != nil {
-			return err
-		}
-		if info.TCX() == nil || info.TCX().Ifindex != uint32(l.Attrs().Index) {
-			return fmt.Errorf("tcx link is not attached to interface %s", name)
+		if len(own) == 0 {
+			return fmt.Errorf("the filter on interface %s is gone", name)
 		}
 	}
 	if !pod.has6() {
 		return nil
 	}
-	has, err := hasProxySource6()
+	has, err := h.hasProxySource6()
 	if err == nil && !has {
 		err = errors.New("address ::6 is missing on lo")
 	}
@@ -499,4 +513,13 @@ func pinnedInfo(path string) (*link.Info, error) {
 		return nil, fmt.Errorf("read pinned link %s: %w", path, err)
 	}
 	return info, nil
+}
+
+// proxyUID is the proxy's user ID as bpf_get_current_uid_gid tells it: that of
+// the initial user namespace.
+func proxyUID(w redirect.Workload) uint32 {
+	if w.HostProxyUID != 0 {
+		return w.HostProxyUID
+	}
+	return w.Policy.ProxyUID
 }

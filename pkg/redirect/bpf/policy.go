@@ -25,6 +25,13 @@ type table struct {
 // entries is the number of entries that the table needs in ports and cidrs.
 func (t table) entries() int { return len(t.out) + len(t.in) + len(t.cidrs) }
 
+// ports returns both lists of ports by their direction.
+func (t table) ports() map[redirectSlDirection]map[uint16]redirectSlMatch {
+	return map[redirectSlDirection]map[uint16]redirectSlMatch{
+		redirectSlDirectionSL_OUTBOUND: t.out, redirectSlDirectionSL_INBOUND: t.in,
+	}
+}
+
 // A route is one of the pod: which destinations leave over an excluded interface.
 type route struct {
 	to       netip.Prefix

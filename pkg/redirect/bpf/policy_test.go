@@ -104,7 +104,7 @@ func TestVerdict(t *testing.T) {
 // loadVerdictProgram loads maps, and the program that asks the policy in them.
 func loadVerdictProgram(tb testing.TB) (*store, *verdictPrograms) {
 	tb.Helper()
-	spec, err := prepare()
+	spec, err := prepare(0)
 	if err != nil {
 		tb.Fatal(err)
 	}

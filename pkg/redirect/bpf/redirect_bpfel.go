@@ -95,6 +95,14 @@ type redirectSlPortKey struct {
 	Pad       uint16
 }
 
+type redirectSlProbeKey struct {
+	_            structs.HostLayout
+	Client       redirectSlAddr
+	Pod          redirectSlAddr
+	ClientPortBe uint16
+	PodPortBe    uint16
+}
+
 type redirectSlReason uint32
 
 const (
@@ -123,12 +131,14 @@ const (
 	redirectSlReasonSL_IN_LISTENER_REFUSED    redirectSlReason = 22
 	redirectSlReasonSL_IN_LISTENER_MISSING    redirectSlReason = 23
 	redirectSlReasonSL_IN_ASSIGN_FAILED       redirectSlReason = 24
-	redirectSlReasonSL_REASONS                redirectSlReason = 25
+	redirectSlReasonSL_IN_HOST_PROBE          redirectSlReason = 25
+	redirectSlReasonSL_IN_PROBES_FULL         redirectSlReason = 26
+	redirectSlReasonSL_REASONS                redirectSlReason = 27
 )
 
 type redirectSlStats struct {
 	_     structs.HostLayout
-	Count [25]uint64
+	Count [40]uint64
 }
 
 type redirectSlTarget struct {
@@ -147,10 +157,12 @@ const (
 	redirectMapHandover        = "handover"
 	redirectMapLayouts         = "layouts"
 	redirectMapListeners       = "listeners"
+	redirectMapPodCgroups      = "pod_cgroups"
 	redirectMapPodIps          = "pod_ips"
 	redirectMapPodMeta         = "pod_meta"
 	redirectMapPods            = "pods"
 	redirectMapPorts           = "ports"
+	redirectMapProbes          = "probes"
 	redirectMapStats           = "stats"
 	redirectMapTargets         = "targets"
 	redirectProgSlConnect4     = "sl_connect4"
@@ -158,10 +170,13 @@ const (
 	redirectProgSlGetpeername4 = "sl_getpeername4"
 	redirectProgSlGetpeername6 = "sl_getpeername6"
 	redirectProgSlGetsockopt   = "sl_getsockopt"
+	redirectProgSlHost4        = "sl_host4"
+	redirectProgSlHost6        = "sl_host6"
 	redirectProgSlIngress      = "sl_ingress"
 	redirectProgSlLookup       = "sl_lookup"
 	redirectProgSlSockops      = "sl_sockops"
 	redirectVarSlHaveMptcp     = "sl_have_mptcp"
+	redirectVarSlHostNetns     = "sl_host_netns"
 )
 
 // loadRedirect returns the embedded CollectionSpec for redirect.
@@ -211,6 +226,8 @@ type redirectProgramSpecs struct {
 	SlGetpeername4 *ebpf.ProgramSpec `ebpf:"sl_getpeername4"`
 	SlGetpeername6 *ebpf.ProgramSpec `ebpf:"sl_getpeername6"`
 	SlGetsockopt   *ebpf.ProgramSpec `ebpf:"sl_getsockopt"`
+	SlHost4        *ebpf.ProgramSpec `ebpf:"sl_host4"`
+	SlHost6        *ebpf.ProgramSpec `ebpf:"sl_host6"`
 	SlIngress      *ebpf.ProgramSpec `ebpf:"sl_ingress"`
 	SlLookup       *ebpf.ProgramSpec `ebpf:"sl_lookup"`
 	SlSockops      *ebpf.ProgramSpec `ebpf:"sl_sockops"`
@@ -220,16 +237,18 @@ type redirectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type redirectMapSpecs struct {
-	Cidrs     *ebpf.MapSpec `ebpf:"cidrs"`
-	Handover  *ebpf.MapSpec `ebpf:"handover"`
-	Layouts   *ebpf.MapSpec `ebpf:"layouts"`
-	Listeners *ebpf.MapSpec `ebpf:"listeners"`
-	PodIps    *ebpf.MapSpec `ebpf:"pod_ips"`
-	PodMeta   *ebpf.MapSpec `ebpf:"pod_meta"`
-	Pods      *ebpf.MapSpec `ebpf:"pods"`
-	Ports     *ebpf.MapSpec `ebpf:"ports"`
-	Stats     *ebpf.MapSpec `ebpf:"stats"`
-	Targets   *ebpf.MapSpec `ebpf:"targets"`
+	Cidrs      *ebpf.MapSpec `ebpf:"cidrs"`
+	Handover   *ebpf.MapSpec `ebpf:"handover"`
+	Layouts    *ebpf.MapSpec `ebpf:"layouts"`
+	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
+	PodCgroups *ebpf.MapSpec `ebpf:"pod_cgroups"`
+	PodIps     *ebpf.MapSpec `ebpf:"pod_ips"`
+	PodMeta    *ebpf.MapSpec `ebpf:"pod_meta"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
+	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Probes     *ebpf.MapSpec `ebpf:"probes"`
+	Stats      *ebpf.MapSpec `ebpf:"stats"`
+	Targets    *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // redirectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -237,6 +256,7 @@ type redirectMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type redirectVariableSpecs struct {
 	SlHaveMptcp *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
+	SlHostNetns *ebpf.VariableSpec `ebpf:"sl_host_netns"`
 }
 
 // redirectObjects contains all objects after they have been loaded into the kernel.
@@ -259,16 +279,18 @@ func (o *redirectObjects) Close() error {
 //
 // It can be passed to loadRedirectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type redirectMaps struct {
-	Cidrs     *ebpf.Map `ebpf:"cidrs"`
-	Handover  *ebpf.Map `ebpf:"handover"`
-	Layouts   *ebpf.Map `ebpf:"layouts"`
-	Listeners *ebpf.Map `ebpf:"listeners"`
-	PodIps    *ebpf.Map `ebpf:"pod_ips"`
-	PodMeta   *ebpf.Map `ebpf:"pod_meta"`
-	Pods      *ebpf.Map `ebpf:"pods"`
-	Ports     *ebpf.Map `ebpf:"ports"`
-	Stats     *ebpf.Map `ebpf:"stats"`
-	Targets   *ebpf.Map `ebpf:"targets"`
+	Cidrs      *ebpf.Map `ebpf:"cidrs"`
+	Handover   *ebpf.Map `ebpf:"handover"`
+	Layouts    *ebpf.Map `ebpf:"layouts"`
+	Listeners  *ebpf.Map `ebpf:"listeners"`
+	PodCgroups *ebpf.Map `ebpf:"pod_cgroups"`
+	PodIps     *ebpf.Map `ebpf:"pod_ips"`
+	PodMeta    *ebpf.Map `ebpf:"pod_meta"`
+	Pods       *ebpf.Map `ebpf:"pods"`
+	Ports      *ebpf.Map `ebpf:"ports"`
+	Probes     *ebpf.Map `ebpf:"probes"`
+	Stats      *ebpf.Map `ebpf:"stats"`
+	Targets    *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *redirectMaps) Close() error {
@@ -277,10 +299,12 @@ func (m *redirectMaps) Close() error {
 		m.Handover,
 		m.Layouts,
 		m.Listeners,
+		m.PodCgroups,
 		m.PodIps,
 		m.PodMeta,
 		m.Pods,
 		m.Ports,
+		m.Probes,
 		m.Stats,
 		m.Targets,
 	)
@@ -291,6 +315,7 @@ func (m *redirectMaps) Close() error {
 // It can be passed to loadRedirectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type redirectVariables struct {
 	SlHaveMptcp *ebpf.Variable `ebpf:"sl_have_mptcp"`
+	SlHostNetns *ebpf.Variable `ebpf:"sl_host_netns"`
 }
 
 // redirectPrograms contains all programs after they have been loaded into the kernel.
@@ -302,6 +327,8 @@ type redirectPrograms struct {
 	SlGetpeername4 *ebpf.Program `ebpf:"sl_getpeername4"`
 	SlGetpeername6 *ebpf.Program `ebpf:"sl_getpeername6"`
 	SlGetsockopt   *ebpf.Program `ebpf:"sl_getsockopt"`
+	SlHost4        *ebpf.Program `ebpf:"sl_host4"`
+	SlHost6        *ebpf.Program `ebpf:"sl_host6"`
 	SlIngress      *ebpf.Program `ebpf:"sl_ingress"`
 	SlLookup       *ebpf.Program `ebpf:"sl_lookup"`
 	SlSockops      *ebpf.Program `ebpf:"sl_sockops"`
@@ -314,6 +341,8 @@ func (p *redirectPrograms) Close() error {
 		p.SlGetpeername4,
 		p.SlGetpeername6,
 		p.SlGetsockopt,
+		p.SlHost4,
+		p.SlHost6,
 		p.SlIngress,
 		p.SlLookup,
 		p.SlSockops,

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"net/netip"
 	"path/filepath"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -21,6 +22,15 @@ import (
 // A store is the pinned maps, seen as what they hold.
 type store struct {
 	redirectMaps
+
+	mu sync.Mutex
+	// policies are those that this process wrote: what is known need not be
+	// looked for among the entries of all pods.
+	policies map[uint64]table
+	// cookies are where workloads were last found.
+	cookies map[redirect.ID]uint64
+	// addrs is held while it is looked whose an address is.
+	addrs sync.Mutex
 }
 
 // errIncompatible says in what a pinned map differs from this build's.
@@ -215,14 +225,55 @@ func (s *store) each(fn func(cookie uint64, meta *redirectSlMeta) error) error {
 
 // find returns the cookie of a workload's namespace.
 func (s *store) find(id redirect.ID) (cookie uint64, meta *redirectSlMeta, err error) {
+	s.mu.Lock()
+	cookie, known := s.cookies[id]
+	s.mu.Unlock()
+	if known {
+		if meta, err = s.meta(cookie); err != nil || meta != nil && meta.id() == id {
+			return cookie, meta, err
+		}
+	}
 	err = s.each(func(c uint64, m *redirectSlMeta) error {
 		if m.id() == id {
-			found := *m
+			found := *m // each goes on with the same one
 			cookie, meta = c, &found
 		}
 		return nil
 	})
 	return cookie, meta, err
+}
+
+// meta returns what is to be found again of a pod, nil if nothing is.
+func (s *store) meta(cookie uint64) (*redirectSlMeta, error) {
+	m := new(redirectSlMeta)
+	err := s.PodMeta.Lookup(cookie, m)
+	if errors.Is(err, ebpf.ErrKeyNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read map %s: %w", redirectMapPodMeta, err)
+	}
+	return m, nil
+}
+
+func (s *store) addMeta(cookie uint64, meta *redirectSlMeta) error {
+	if err := write(s.PodMeta, redirectMapPodMeta, cookie, meta, ebpf.UpdateAny); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cookies == nil {
+		s.cookies = make(map[redirect.ID]uint64)
+	}
+	s.cookies[meta.id()] = cookie
+	return nil
+}
+
+func (s *store) deleteMeta(cookie uint64, id redirect.ID) error {
+	s.mu.Lock()
+	delete(s.cookies, id)
+	s.mu.Unlock()
+	return deleteKey(s.PodMeta, cookie)
 }
 
 // pod returns what the hooks know of a pod, nil if nothing.
@@ -245,14 +296,18 @@ func (s *store) writePolicy(t table) (id uint64, err error) {
 		return 0, fmt.Errorf("choose policy id: %w", err)
 	}
 	id = binary.NativeEndian.Uint64(b[:])
+	s.mu.Lock()
+	if s.policies == nil {
+		s.policies = make(map[uint64]table)
+	}
+	s.policies[id] = t
+	s.mu.Unlock()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.deletePolicy(id, t.entries()))
 		}
 	}()
-	for direction, list := range map[redirectSlDirection]map[uint16]redirectSlMatch{
-		redirectSlDirectionSL_OUTBOUND: t.out, redirectSlDirectionSL_INBOUND: t.in,
-	} {
+	for direction, list := range t.ports() {
 		for port, match := range list {
 			k := redirectSlPortKey{Policy: id, Direction: direction, Port: port}
 			if err := write(s.Ports, redirectMapPorts, &k, match, ebpf.UpdateAny); err != nil {
@@ -281,10 +336,34 @@ func cidrKey(policy uint64, p netip.Prefix) *redirectSlCidrKey {
 
 // deletePolicy removes the entries of a policy, of which there are at most n.
 func (s *store) deletePolicy(id uint64, n int) error {
-	if n == 0 {
+	s.mu.Lock()
+	t, known := s.policies[id]
+	delete(s.policies, id)
+	s.mu.Unlock()
+	switch {
+	case n == 0:
 		return nil
+	case known:
+		return s.deleteTable(id, t)
 	}
 	return s.deletePolicies(func(policy uint64) bool { return policy == id })
+}
+
+// deleteTable removes the entries that writePolicy has made of t.
+func (s *store) deleteTable(id uint64, t table) error {
+	var errs []error
+	for direction, list := range t.ports() {
+		for port := range list {
+			errs = append(errs, deleteKey(s.Ports, &redirectSlPortKey{Policy: id, Direction: direction, Port: port}))
+		}
+	}
+	for prefix := range t.cidrs {
+		errs = append(errs, deleteKey(s.Cidrs, cidrKey(id, prefix)))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("delete old policy: %w", err)
+	}
+	return nil
 }
 
 // deletePolicies removes the entries of all policies that match.
@@ -357,9 +436,17 @@ func (s *store) purge() error {
 	return s.deletePolicies(func(policy uint64) bool { return !used[policy] })
 }
 
+// addAddr makes an address lead to the pod with this cookie.
+func (s *store) addAddr(cookie uint64, a netip.Addr) error {
+	s.addrs.Lock()
+	defer s.addrs.Unlock()
+	return write(s.PodIps, redirectMapPodIps, &redirectSlAddr{Byte: a.As16()}, cookie, ebpf.UpdateAny)
+}
+
 // deleteAddr removes an address of the pod with this cookie, if it still has it.
-func (s *store) deleteAddr(cookie uint64, a netip.Addr) error {
-	key := redirectSlAddr{Byte: a.As16()}
+func (s *store) deleteAddr(cookie uint64, key redirectSlAddr) error {
+	s.addrs.Lock()
+	defer s.addrs.Unlock()
 	var owner uint64
 	err := s.PodIps.Lookup(&key, &owner)
 	if errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && owner != cookie {
@@ -384,7 +471,7 @@ func (s *store) deleteAddrs(cookie uint64) error {
 	}
 	errs := []error{it.Err()}
 	for i := range own {
-		errs = append(errs, deleteKey(s.PodIps, &own[i]))
+		errs = append(errs, s.deleteAddr(cookie, own[i]))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("delete addresses from map %s: %w", redirectMapPodIps, err)

@@ -88,6 +88,14 @@ type verdictSlPortKey struct {
 	Pad       uint16
 }
 
+type verdictSlProbeKey struct {
+	_            structs.HostLayout
+	Client       verdictSlAddr
+	Pod          verdictSlAddr
+	ClientPortBe uint16
+	PodPortBe    uint16
+}
+
 type verdictSlQuestion struct {
 	_         structs.HostLayout
 	Netns     uint64
@@ -107,7 +115,7 @@ type verdictSlQuestion struct {
 
 type verdictSlStats struct {
 	_     structs.HostLayout
-	Count [25]uint64
+	Count [40]uint64
 }
 
 type verdictSlTarget struct {
@@ -126,14 +134,17 @@ const (
 	verdictMapHandover    = "handover"
 	verdictMapLayouts     = "layouts"
 	verdictMapListeners   = "listeners"
+	verdictMapPodCgroups  = "pod_cgroups"
 	verdictMapPodIps      = "pod_ips"
 	verdictMapPodMeta     = "pod_meta"
 	verdictMapPods        = "pods"
 	verdictMapPorts       = "ports"
+	verdictMapProbes      = "probes"
 	verdictMapStats       = "stats"
 	verdictMapTargets     = "targets"
 	verdictProgSlVerdict  = "sl_verdict"
 	verdictVarSlHaveMptcp = "sl_have_mptcp"
+	verdictVarSlHostNetns = "sl_host_netns"
 )
 
 // loadVerdict returns the embedded CollectionSpec for verdict.
@@ -185,16 +196,18 @@ type verdictProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type verdictMapSpecs struct {
-	Cidrs     *ebpf.MapSpec `ebpf:"cidrs"`
-	Handover  *ebpf.MapSpec `ebpf:"handover"`
-	Layouts   *ebpf.MapSpec `ebpf:"layouts"`
-	Listeners *ebpf.MapSpec `ebpf:"listeners"`
-	PodIps    *ebpf.MapSpec `ebpf:"pod_ips"`
-	PodMeta   *ebpf.MapSpec `ebpf:"pod_meta"`
-	Pods      *ebpf.MapSpec `ebpf:"pods"`
-	Ports     *ebpf.MapSpec `ebpf:"ports"`
-	Stats     *ebpf.MapSpec `ebpf:"stats"`
-	Targets   *ebpf.MapSpec `ebpf:"targets"`
+	Cidrs      *ebpf.MapSpec `ebpf:"cidrs"`
+	Handover   *ebpf.MapSpec `ebpf:"handover"`
+	Layouts    *ebpf.MapSpec `ebpf:"layouts"`
+	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
+	PodCgroups *ebpf.MapSpec `ebpf:"pod_cgroups"`
+	PodIps     *ebpf.MapSpec `ebpf:"pod_ips"`
+	PodMeta    *ebpf.MapSpec `ebpf:"pod_meta"`
+	Pods       *ebpf.MapSpec `ebpf:"pods"`
+	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Probes     *ebpf.MapSpec `ebpf:"probes"`
+	Stats      *ebpf.MapSpec `ebpf:"stats"`
+	Targets    *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // verdictVariableSpecs contains global variables before they are loaded into the kernel.
@@ -202,6 +215,7 @@ type verdictMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type verdictVariableSpecs struct {
 	SlHaveMptcp *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
+	SlHostNetns *ebpf.VariableSpec `ebpf:"sl_host_netns"`
 }
 
 // verdictObjects contains all objects after they have been loaded into the kernel.
@@ -224,16 +238,18 @@ func (o *verdictObjects) Close() error {
 //
 // It can be passed to loadVerdictObjects or ebpf.CollectionSpec.LoadAndAssign.
 type verdictMaps struct {
-	Cidrs     *ebpf.Map `ebpf:"cidrs"`
-	Handover  *ebpf.Map `ebpf:"handover"`
-	Layouts   *ebpf.Map `ebpf:"layouts"`
-	Listeners *ebpf.Map `ebpf:"listeners"`
-	PodIps    *ebpf.Map `ebpf:"pod_ips"`
-	PodMeta   *ebpf.Map `ebpf:"pod_meta"`
-	Pods      *ebpf.Map `ebpf:"pods"`
-	Ports     *ebpf.Map `ebpf:"ports"`
-	Stats     *ebpf.Map `ebpf:"stats"`
-	Targets   *ebpf.Map `ebpf:"targets"`
+	Cidrs      *ebpf.Map `ebpf:"cidrs"`
+	Handover   *ebpf.Map `ebpf:"handover"`
+	Layouts    *ebpf.Map `ebpf:"layouts"`
+	Listeners  *ebpf.Map `ebpf:"listeners"`
+	PodCgroups *ebpf.Map `ebpf:"pod_cgroups"`
+	PodIps     *ebpf.Map `ebpf:"pod_ips"`
+	PodMeta    *ebpf.Map `ebpf:"pod_meta"`
+	Pods       *ebpf.Map `ebpf:"pods"`
+	Ports      *ebpf.Map `ebpf:"ports"`
+	Probes     *ebpf.Map `ebpf:"probes"`
+	Stats      *ebpf.Map `ebpf:"stats"`
+	Targets    *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *verdictMaps) Close() error {
@@ -242,10 +258,12 @@ func (m *verdictMaps) Close() error {
 		m.Handover,
 		m.Layouts,
 		m.Listeners,
+		m.PodCgroups,
 		m.PodIps,
 		m.PodMeta,
 		m.Pods,
 		m.Ports,
+		m.Probes,
 		m.Stats,
 		m.Targets,
 	)
@@ -256,6 +274,7 @@ func (m *verdictMaps) Close() error {
 // It can be passed to loadVerdictObjects or ebpf.CollectionSpec.LoadAndAssign.
 type verdictVariables struct {
 	SlHaveMptcp *ebpf.Variable `ebpf:"sl_have_mptcp"`
+	SlHostNetns *ebpf.Variable `ebpf:"sl_host_netns"`
 }
 
 // verdictPrograms contains all programs after they have been loaded into the kernel.

@@ -13,7 +13,7 @@ import (
 func TestVerifyAll(t *testing.T) {
 	need.EBPF(t)
 	for _, mptcp := range []uint8{0, 1} {
-		spec, err := prepare()
+		spec, err := prepare(0)
 		if err != nil {
 			t.Fatal(err)
 		}
