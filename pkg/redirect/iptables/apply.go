@@ -29,8 +29,12 @@ const (
 	VariantLegacy = "legacy"
 )
 
-// localTimeout bounds the wait for the local route of a new address.
-const localTimeout = time.Second
+// localTimeout bounds the wait for the local route of a new address, which comes
+// within some 100 us; localPoll is how often to look.
+const (
+	localTimeout = time.Second
+	localPoll    = 50 * time.Microsecond
+)
 
 // A tool is iptables-restore and iptables-save of one variant and family.
 type tool struct {
@@ -38,7 +42,8 @@ type tool struct {
 	v4            bool
 	restore, save string
 	// lock replaces the lock file that all users of legacy on the machine
-	// share: what they do in other namespaces is no reason to wait.
+	// share: what they do in other namespaces is no reason to wait. Empty leaves
+	// it in place, for the namespace that they work in.
 	lock string
 }
 
@@ -81,7 +86,7 @@ func (t tool) probe(ctx context.Context) error {
 		addr = netip.MustParseAddr("2001:db8::1")
 	}
 	w := redirect.Workload{Addrs: []netip.Addr{addr}, Interfaces: []string{"eth0"}, Policy: redirect.DefaultPolicy()}
-	cmd := t.restoreCommand(ctx, installText(tables(w, addr), nil))
+	cmd := t.restoreCommand(ctx, installText(tables(w, addr, netip.Addr{}), nil))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if _, err := run(cmd); err != nil {
 		return fmt.Errorf("try rules with %s %s: %w: %w", familyName(t.v4), t.variant, redirect.ErrNotSupported, err)
@@ -91,11 +96,33 @@ func (t tool) probe(ctx context.Context) error {
 
 // read returns what is in the namespace that the calling thread is in.
 func (t tool) read(ctx context.Context) (s saved, foreign bool, err error) {
+	if t.variant == VariantLegacy && !legacyTables(t.v4) {
+		return nil, false, nil
+	}
 	out, err := run(t.command(ctx, t.save, "--counters"))
 	if err != nil {
 		return nil, false, fmt.Errorf("read rules: %w", err)
 	}
 	return parseSaved(out)
+}
+
+// legacyTables says whether there may be legacy tables in the namespace that the
+// calling thread is in: a file tells it without a program.
+func legacyTables(v4 bool) bool {
+	path := "/proc/thread-self/net/ip_tables_names"
+	if !v4 {
+		path = "/proc/thread-self/net/ip6_tables_names"
+	}
+	b, err := os.ReadFile(path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return false // the kernel has not loaded them
+	case errors.Is(err, os.ErrPermission):
+		// The file belongs to the root of the pod's own user namespace, and who
+		// may not read it can neither have made tables there, nor does his program.
+		return false
+	}
+	return err != nil || len(b) > 0
 }
 
 // apply runs text in the namespace that the calling thread is in. Each table
@@ -119,7 +146,10 @@ func (t tool) restoreCommand(ctx context.Context, text string) *exec.Cmd {
 
 func (t tool) command(ctx context.Context, name string, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE="+t.lock, "LC_ALL=C")
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	if t.lock != "" {
+		cmd.Env = append(cmd.Env, "XTABLES_LOCKFILE="+t.lock)
+	}
 	return cmd
 }
 
@@ -140,6 +170,11 @@ func run(cmd *exec.Cmd) (string, error) {
 // draining says whether connections of a family that were led to the proxy live
 // on in the namespace of the calling thread.
 func draining(v4 bool) (bool, error) {
+	// The list below takes milliseconds even where it is short: the kernel looks
+	// for the namespace's sockets among those of the whole machine.
+	if any, err := netns.HasTCP(v4); err != nil || !any {
+		return false, err
+	}
 	path := "/proc/thread-self/net/tcp"
 	if !v4 {
 		path += "6"
@@ -192,6 +227,25 @@ func proxySource() *netlink.Addr {
 	}
 }
 
+// leadsTo says whether what the namespace of the calling thread sends to addr
+// leaves by one of the interfaces.
+func leadsTo(addr netip.Addr, interfaces []string) (bool, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return false, fmt.Errorf("open rtnetlink: %w", err)
+	}
+	defer h.Close()
+	routes, err := h.RouteGet(addr.AsSlice())
+	if err != nil || len(routes) == 0 {
+		return false, nil //nolint:nilerr // there is no route
+	}
+	link, err := h.LinkByIndex(routes[0].LinkIndex)
+	if err != nil {
+		return false, fmt.Errorf("find interface of the route to %s: %w", addr, err)
+	}
+	return slices.Contains(interfaces, link.Attrs().Name), nil
+}
+
 // onLoopback runs fn with lo of the namespace at path.
 func onLoopback(path string, fn func(*netlink.Handle, netlink.Link) error) error {
 	return netns.Do(path, func() error {
@@ -228,7 +282,7 @@ func addProxySource(ctx context.Context, path string) error {
 func waitLocal(ctx context.Context, h *netlink.Handle) error {
 	ctx, cancel := context.WithTimeout(ctx, localTimeout)
 	defer cancel()
-	tick := time.NewTicker(time.Millisecond)
+	tick := time.NewTicker(localPoll)
 	defer tick.Stop()
 	local := &netlink.Route{Table: unix.RT_TABLE_LOCAL, Dst: proxySource().IPNet}
 	for {

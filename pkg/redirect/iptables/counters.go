@@ -62,7 +62,7 @@ func (r *Redirector) Counters(ctx context.Context) ([]redirect.Counter, error) {
 }
 
 func (r *Redirector) readRules(ctx context.Context, rec record) ([]saved, error) {
-	defer r.lock(rec.ID)()
+	defer r.turns.Take(rec.ID)()
 	if err := present(rec.ID, rec.Netns); err != nil {
 		return nil, err
 	}

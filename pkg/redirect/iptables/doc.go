@@ -2,8 +2,9 @@
 // pod's network namespace, for nodes and pods that cannot have eBPF. It
 // implements redirect.Redirector and redirect.Meter.
 //
-// It touches no namespace but the pods', needs no rule of its own on the node,
-// and knows the proxy by UID alone. It runs iptables-restore and iptables-save,
+// On the node itself it has one small set of rules, by which pods know the
+// node's own connections; without cgroup v2 it does without. It knows the proxy
+// by UID alone, and touches no other namespace. It runs iptables-restore and iptables-save,
 // nft or legacy, and contains no packet filter code itself.
 //
 // Rules are data first (rules.go, pure) and then applied in one transaction a

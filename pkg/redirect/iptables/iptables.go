@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -23,6 +24,13 @@ import (
 // not outlive the machine's uptime: namespaces do not either.
 const DefaultStateDir = "/run/sluice/iptables"
 
+// DefaultProbeSource4 and DefaultProbeSource6 are where connections of the
+// node's own processes come from, unless Options say otherwise.
+const (
+	DefaultProbeSource4 = "169.254.81.206"
+	DefaultProbeSource6 = "fd51:ce00::51ce"
+)
+
 // probeTimeout bounds the look at what the kernel can do.
 const probeTimeout = 10 * time.Second
 
@@ -35,6 +43,19 @@ type Options struct {
 	// pod, what the pod's namespace has rules of, else nft, else legacy, of
 	// those that the machine and its kernel have.
 	Variant string
+	// HostNetns is a path that opens the node's own network namespace, whose
+	// processes are exempt unless they are a pod's. Empty means this process'.
+	HostNetns string
+	// Cgroup is where cgroup v2 is mounted, below which the cgroups of pods are
+	// looked for; empty finds it.
+	Cgroup string
+	// HostCgroupNS is a path that opens the cgroup namespace whose root is what
+	// Cgroup shows, /proc/1/ns/cgroup of the node; empty means this process'.
+	HostCgroupNS string
+	// ProbeSource4 and ProbeSource6 are addresses that nobody on the node's
+	// networks has. Connections that are exempt come from there, so pods must
+	// route them to the node. Zero means the defaults.
+	ProbeSource4, ProbeSource6 netip.Addr
 	// Log gets one line for each change of a pod's rules; nil drops them.
 	Log *slog.Logger
 }
@@ -47,10 +68,12 @@ type Redirector struct {
 	// by family.
 	tools map[bool][]tool // by "is IPv4"
 	why   map[bool]error
+	// host is the node's own namespace.
+	host *host
+
+	turns redirect.Turns[redirect.ID]
 
 	mu sync.Mutex
-	// busy are the workloads that an operation is at work on.
-	busy map[redirect.ID]*turn
 	// shown are the highest values that Counters has returned.
 	shown map[counterKey]uint64
 }
@@ -86,7 +109,6 @@ func open(o Options, look func(string) (string, error)) (*Redirector, error) {
 		log:     o.Log,
 		tools:   make(map[bool][]tool),
 		why:     make(map[bool]error),
-		busy:    make(map[redirect.ID]*turn),
 		shown:   make(map[counterKey]uint64),
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), probeTimeout)
@@ -110,6 +132,16 @@ func open(o Options, look func(string) (string, error)) (*Redirector, error) {
 	if len(r.tools) == 0 {
 		return nil, errors.Join(r.why[true], r.why[false])
 	}
+	r.host = newHost(o, r.tools)
+	all, err := r.records.all()
+	if err != nil {
+		r.log.Warn("records of workloads are lost", "err", err)
+	}
+	for _, rec := range all {
+		if addrs := rec.exempt(); rec.Complete && !rec.Draining && len(addrs) > 0 {
+			r.host.pods[rec.ID] = addrs
+		}
+	}
 	return r, nil
 }
 
@@ -126,28 +158,31 @@ func Probe(o Options) error {
 }
 
 // Uninstall removes the rules of all workloads that have a record in
-// o.StateDir, then the directory. It ends the connections that are redirected.
+// o.StateDir, those of the node even if there is no record, then the directory.
+// It ends the connections that are redirected. After an error it goes on, and
+// the directory stays.
 func Uninstall(ctx context.Context, o Options) error {
 	if o.StateDir == "" {
 		o.StateDir = DefaultStateDir
 	}
-	if _, err := os.Stat(o.StateDir); errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
 	rs := records{o.StateDir}
-	all, err := rs.all()
-	if err != nil {
-		return err
+	all, unread := rs.all()
+	if errors.Is(unread, os.ErrNotExist) {
+		// The directory may have been removed before the rules. It is made once
+		// more for as long as this takes.
+		unread = nil
 	}
-	if len(all) > 0 {
-		r, err := New(o)
-		if err != nil {
-			return err
-		}
-		var errs []error
+	r, err := New(o)
+	switch {
+	case errors.Is(err, redirect.ErrNotSupported) && len(all) == 0 && unread == nil:
+	case err != nil:
+		return errors.Join(unread, err)
+	default:
+		errs := []error{unread}
 		for _, rec := range all {
 			errs = append(errs, r.remove(ctx, rec.ID, atOnce))
 		}
+		errs = append(errs, r.host.set(ctx, redirect.ID{}, nil))
 		if err := errors.Join(errs...); err != nil {
 			return err
 		}
@@ -160,7 +195,7 @@ func Uninstall(ctx context.Context, o Options) error {
 
 // Add implements redirect.Redirector.
 func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
-	defer r.lock(w.ID)()
+	defer r.turns.Take(w.ID)()
 	if err := validate(w); err != nil {
 		return err
 	}
@@ -172,14 +207,20 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 		// A record that cannot be read says nothing; the rules say the rest.
 		r.log.WarnContext(ctx, "record of workload is lost", "pod", w.Pod, "pod_uid", w.ID.PodUID, "err", err)
 	}
-	if ok && old.Digest == w.Digest() && old.Netns == w.Netns && r.problem(ctx, old) == nil {
+	if ok && old.Digest == w.Digest() && old.Netns == w.Netns && !r.host.inDoubt() && r.problem(ctx, old) == nil {
 		return nil
 	}
 	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Rules: old.Rules, ProxySource: old.ProxySource}
 	if err := r.records.write(rec); err != nil {
 		return err
 	}
-	if rec.Rules, err = r.install(ctx, w, old); err != nil {
+	// The node's rules come first: until they drop what others send from the
+	// reserved address, no pod may trust it.
+	noWayBack, err := r.exempt(ctx, w)
+	if err != nil {
+		return err
+	}
+	if rec.Rules, err = r.install(ctx, w, old, noWayBack); err != nil {
 		return fmt.Errorf("redirect pod %s with iptables: %w", w.Pod, err)
 	}
 	if rec.variant(false) != "" {
@@ -197,51 +238,108 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	return nil
 }
 
-// install brings the namespace from whatever is there to the rules of w.
-func (r *Redirector) install(ctx context.Context, w redirect.Workload, old record) ([]installedRules, error) {
-	var rules []installedRules
-	err := netns.Do(w.Netns, func() error {
-		for _, v4 := range []bool{true, false} {
-			addr, ok := address(w, v4)
-			have := make(map[string]saved)
-			var foreign []string
-			for _, t := range r.tools[v4] {
-				s, others, err := t.read(ctx)
-				if err != nil {
-					return err
-				}
-				have[t.variant] = s
-				if others {
-					foreign = append(foreign, t.variant)
-				}
+// exempt makes the node's own connections to w known as such, in the families
+// in which the pod's answers lead back to the node; it returns the others.
+func (r *Redirector) exempt(ctx context.Context, w redirect.Workload) (noWayBack map[bool]bool, err error) {
+	noWayBack = make(map[bool]bool)
+	var addrs []netip.Addr
+	err = netns.Do(w.Netns, func() error {
+		for _, a := range w.Addrs {
+			source := r.host.sources[a.Is4()]
+			ok, err := leadsTo(source, w.Interfaces)
+			if err != nil {
+				return err
 			}
-			var chosen tool
 			if ok {
-				var err error
-				if chosen, err = r.choose(v4, append([]string{old.variant(v4)}, foreign...)); err != nil {
-					return err
-				}
-				// From here on traffic is affected.
-				if err := chosen.apply(ctx, installText(tables(w, addr), have[chosen.variant])); err != nil {
-					return err
-				}
-				s, _, err := chosen.read(ctx)
-				if err != nil {
-					return err
-				}
-				rules = append(rules, installedRules{V4: v4, Variant: chosen.variant, Hash: s.hash()})
+				addrs = append(addrs, a)
+				continue
 			}
-			for _, t := range r.tools[v4] {
-				if text := removeText(have[t.variant]); t.variant != chosen.variant && text != "" {
-					if err := t.apply(ctx, text); err != nil {
-						return err
-					}
-				}
-			}
+			noWayBack[a.Is4()] = true
+			r.log.WarnContext(ctx, "probes of the kubelet are captured: the pod has no route to the address that exempt ones come from",
+				"pod", w.Pod, "pod_uid", w.ID.PodUID, "netns", w.Netns, "backend", redirect.BackendIPTables, "address", source)
 		}
 		return nil
 	})
-	return rules, err
+	if err != nil {
+		return nil, err
+	}
+	return noWayBack, r.host.set(ctx, w.ID, addrs)
+}
+
+// install brings the namespace from whatever is there to the rules of w, both
+// families side by side.
+func (r *Redirector) install(ctx context.Context, w redirect.Workload, old record, noWayBack map[bool]bool) ([]installedRules, error) {
+	families := []bool{true, false}
+	found := make([]*installedRules, len(families))
+	var g errgroup.Group
+	for i, v4 := range families {
+		g.Go(func() error {
+			return netns.Do(w.Netns, func() (err error) {
+				found[i], err = r.installFamily(ctx, w, v4, old, noWayBack[v4])
+				return err
+			})
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	var rules []installedRules
+	for _, f := range found {
+		if f != nil {
+			rules = append(rules, *f)
+		}
+	}
+	return rules, nil
+}
+
+// installFamily is install for one family, inside the namespace. It returns nil
+// if the pod does not have the family.
+func (r *Redirector) installFamily(ctx context.Context, w redirect.Workload, v4 bool, old record, noWayBack bool) (*installedRules, error) {
+	addr, ok := address(w, v4)
+	have := make(map[string]saved)
+	var foreign []string
+	for _, t := range r.tools[v4] {
+		s, others, err := t.read(ctx)
+		if err != nil {
+			return nil, err
+		}
+		have[t.variant] = s
+		if others {
+			foreign = append(foreign, t.variant)
+		}
+	}
+	var chosen tool
+	var rules *installedRules
+	if ok {
+		var err error
+		if chosen, err = r.choose(v4, append([]string{old.variant(v4)}, foreign...)); err != nil {
+			return nil, err
+		}
+		var source netip.Addr
+		if !noWayBack {
+			source = r.host.source(v4)
+		}
+		// From here on traffic is affected.
+		if err := chosen.apply(ctx, installText(tables(w, addr, source), have[chosen.variant])); err != nil {
+			return nil, err
+		}
+		s, _, err := chosen.read(ctx)
+		if err != nil {
+			return nil, err
+		}
+		rules = &installedRules{
+			V4: v4, Variant: chosen.variant, Hash: s.hash(),
+			Addr: addr, Source: source, NoWayBack: noWayBack,
+		}
+	}
+	for _, t := range r.tools[v4] {
+		if text := removeText(have[t.variant]); t.variant != chosen.variant && text != "" {
+			if err := t.apply(ctx, text); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return rules, nil
 }
 
 // choose returns the first of the wanted variants that works here, else the
@@ -284,7 +382,7 @@ const (
 
 // remove ends a redirection.
 func (r *Redirector) remove(ctx context.Context, id redirect.ID, how ending) error {
-	defer r.lock(id)()
+	defer r.turns.Take(id)()
 	rec, ok, err := r.records.read(id)
 	if err != nil || !ok {
 		return err
@@ -299,6 +397,9 @@ func (r *Redirector) remove(ctx context.Context, id redirect.ID, how ending) err
 	}
 	if err != nil && !errors.Is(err, redirect.ErrGone) {
 		return fmt.Errorf("end redirection of pod %s with iptables: %w", rec.Pod, err)
+	}
+	if err := r.host.set(ctx, id, nil); err != nil {
+		return err
 	}
 	r.forget(id)
 	switch {
@@ -321,43 +422,56 @@ func (r *Redirector) remove(ctx context.Context, id redirect.ID, how ending) err
 // uninstall takes everything away, or with drain set what new connections meet
 // as long as old ones are alive.
 func (r *Redirector) uninstall(ctx context.Context, rec record, drain bool) (alive bool, err error) {
-	err = netns.Do(rec.Netns, func() error {
-		var errs []error
-		for _, v4 := range []bool{true, false} {
-			hold := false
-			if drain {
-				var err error
-				if hold, err = draining(v4); err != nil {
-					return err
-				}
-			}
-			for _, t := range r.tools[v4] {
-				s, _, err := t.read(ctx)
-				text := removeText(s)
-				if hold && text != "" {
-					alive = true
-					text = installText(holdTables(), s)
-					if rec.Draining {
-						text = "" // done before
-					}
-				}
-				if err == nil && text != "" {
-					err = t.apply(ctx, text)
-				}
-				errs = append(errs, err)
-			}
-		}
-		return errors.Join(errs...)
-	})
+	families := []bool{true, false}
+	held := make([]bool, len(families))
+	var g errgroup.Group
+	for i, v4 := range families {
+		g.Go(func() error {
+			return netns.Do(rec.Netns, func() (err error) {
+				held[i], err = r.uninstallFamily(ctx, rec, v4, drain)
+				return err
+			})
+		})
+	}
+	err = g.Wait()
+	alive = slices.Contains(held, true)
 	if err == nil && rec.ProxySource && !alive {
 		err = removeProxySource(rec.Netns)
 	}
 	return alive, err
 }
 
+// uninstallFamily is uninstall for one family, inside the namespace.
+func (r *Redirector) uninstallFamily(ctx context.Context, rec record, v4, drain bool) (alive bool, err error) {
+	hold := false
+	if drain {
+		if hold, err = draining(v4); err != nil {
+			return false, err
+		}
+	}
+	var errs []error
+	for _, t := range r.tools[v4] {
+		s, _, err := t.read(ctx)
+		text := removeText(s)
+		if hold && text != "" {
+			alive = true
+			text = installText(holdTables(), s)
+			if rec.Draining {
+				text = "" // done before
+			}
+		}
+		if err == nil && text != "" {
+			err = t.apply(ctx, text)
+		}
+		errs = append(errs, err)
+	}
+	return alive, errors.Join(errs...)
+}
+
 // List implements redirect.Redirector.
 func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 	all, unread := r.records.all()
+	node := r.host.check(ctx)
 	var g errgroup.Group
 	g.SetLimit(runtime.GOMAXPROCS(0))
 	problems := make([]error, len(all))
@@ -370,7 +484,7 @@ func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 			continue
 		}
 		g.Go(func() error {
-			defer r.lock(rec.ID)()
+			defer r.turns.Take(rec.ID)()
 			problems[i] = r.problem(ctx, rec)
 			return nil
 		})
@@ -378,6 +492,9 @@ func (r *Redirector) List(ctx context.Context) ([]redirect.Installed, error) {
 	err := errors.Join(unread, g.Wait())
 	var list []redirect.Installed
 	for i, rec := range all {
+		if !rec.Draining && problems[i] == nil {
+			problems[i] = node
+		}
 		// Of what Remove has left only what will not go is of interest.
 		if !rec.Draining || problems[i] != nil {
 			list = append(list, redirect.Installed{ID: rec.ID, Pod: rec.Pod, Netns: rec.Netns, Digest: rec.Digest, Problem: problems[i]})
@@ -406,6 +523,11 @@ func (r *Redirector) problem(ctx context.Context, rec record) error {
 	}
 	if err := present(rec.ID, rec.Netns); err != nil {
 		return err
+	}
+	for _, i := range rec.Rules {
+		if source := r.host.source(i.V4); !i.NoWayBack && i.Source != source {
+			return fmt.Errorf("%s rules know exempt connections of the node by source %s, not %s", familyName(i.V4), i.Source, source)
+		}
 	}
 	err := netns.Do(rec.Netns, func() error {
 		for _, i := range rec.Rules {
@@ -479,31 +601,4 @@ func validate(w redirect.Workload) error {
 		}
 	}
 	return nil
-}
-
-// A turn is a lock with the number of those who hold or await it.
-type turn struct {
-	sync.Mutex
-	users int
-}
-
-// lock waits for the workload's turn and returns what ends it.
-func (r *Redirector) lock(id redirect.ID) (unlock func()) {
-	r.mu.Lock()
-	t := r.busy[id]
-	if t == nil {
-		t = &turn{}
-		r.busy[id] = t
-	}
-	t.users++
-	r.mu.Unlock()
-	t.Lock()
-	return func() {
-		t.Unlock()
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if t.users--; t.users == 0 {
-			delete(r.busy, id)
-		}
-	}
 }

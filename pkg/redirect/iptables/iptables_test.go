@@ -24,8 +24,8 @@ func TestConformance(t *testing.T) {
 				needLegacy(t)
 			}
 			dir := t.TempDir()
-			redirecttest.Run(t, redirect.BackendIPTables, func(tb testing.TB) redirect.Redirector {
-				r, err := iptables.New(iptables.Options{StateDir: dir, Variant: variant})
+			redirecttest.Run(t, redirect.BackendIPTables, func(tb testing.TB, hostNetns string) redirect.Redirector {
+				r, err := iptables.New(iptables.Options{StateDir: dir, Variant: variant, HostNetns: hostNetns})
 				if err != nil {
 					tb.Fatal(err)
 				}

@@ -22,7 +22,8 @@ func TestNoPrograms(t *testing.T) {
 func TestNoProgramsForIPv6(t *testing.T) {
 	need.Root(t)
 	need.Tool(t, "iptables-nft-restore")
-	r, err := open(Options{StateDir: t.TempDir(), Variant: VariantNFT}, func(name string) (string, error) {
+	node := netnstest.NewNode(t)
+	r, err := open(Options{StateDir: t.TempDir(), Variant: VariantNFT, HostNetns: node.Netns}, func(name string) (string, error) {
 		if strings.HasPrefix(name, "ip6tables") {
 			return "", exec.ErrNotFound
 		}
@@ -31,7 +32,6 @@ func TestNoProgramsForIPv6(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node := netnstest.NewNode(t)
 	for _, tc := range []struct {
 		opts netnstest.PodOptions
 		want error

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -15,7 +16,7 @@ import (
 
 // format is the number of the rules' layout. A record of another one is mended
 // by Add.
-const format = 1
+const format = 2
 
 // A record says where a workload is installed and what was found there right
 // after. It is what survives the process beside the rules themselves.
@@ -40,6 +41,12 @@ type installedRules struct {
 	V4      bool   `json:"v4"`
 	Variant string `json:"variant"`
 	Hash    uint64 `json:"hash"`
+	// Addr is the pod's, Source where exempt connections of the node come from;
+	// absent if none are.
+	Addr   netip.Addr `json:"addr"`
+	Source netip.Addr `json:"source"`
+	// NoWayBack is true if the pod's answers to Source would not reach the node.
+	NoWayBack bool `json:"no_way_back,omitempty"`
 }
 
 // variant returns what a family's rules were installed with, "" if there are none.
@@ -50,6 +57,17 @@ func (r record) variant(v4 bool) string {
 		}
 	}
 	return ""
+}
+
+// exempt returns the addresses at which the pod lets connections of the node pass.
+func (r record) exempt() []netip.Addr {
+	var addrs []netip.Addr
+	for _, i := range r.Rules {
+		if i.Source.IsValid() {
+			addrs = append(addrs, i.Addr)
+		}
+	}
+	return addrs
 }
 
 // records is the directory of records.

@@ -27,15 +27,22 @@ func setup(t *testing.T) (*iptables.Redirector, *netnstest.Pod, redirect.Workloa
 
 func setupIn(t *testing.T, dir string) (*iptables.Redirector, *netnstest.Pod, redirect.Workload) {
 	t.Helper()
+	return setupOn(t, netnstest.NewNode(t), iptables.Options{StateDir: dir})
+}
+
+// setupOn is setup on a node and with options.
+func setupOn(t *testing.T, node *netnstest.Node, o iptables.Options) (*iptables.Redirector, *netnstest.Pod, redirect.Workload) {
+	t.Helper()
 	need.Root(t)
 	for _, name := range []string{"iptables-restore", "ip6tables-restore"} {
 		need.Tool(t, name)
 	}
-	r, err := iptables.New(iptables.Options{StateDir: dir})
+	o.HostNetns = node.Netns
+	r, err := iptables.New(o)
 	if err != nil {
 		t.Fatal(err)
 	}
-	pod := netnstest.NewNode(t).Pod(t, "pod")
+	pod := node.Pod(t, "pod")
 	return r, pod, redirect.Workload{
 		ID:         redirect.ID{PodUID: "uid", NetnsInode: pod.Inode(t)},
 		Pod:        "shop/web",
@@ -171,13 +178,39 @@ func TestBrokenRecord(t *testing.T) {
 	}
 }
 
+// TestUninstallBrokenRecord: what can be removed is removed, and the record that
+// says no longer of whom it is stays and is named.
+func TestUninstallBrokenRecord(t *testing.T) {
+	o := iptables.Options{StateDir: t.TempDir()}
+	node := netnstest.NewNode(t)
+	o.HostNetns = node.Netns
+	r, pod, w := setupOn(t, node, o)
+	before := pod.State(t)
+	mustAdd(t, r, w)
+	broken := filepath.Join(o.StateDir, "broken.json")
+	if err := os.WriteFile(broken, []byte("{"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := iptables.Uninstall(t.Context(), o); err == nil || !strings.Contains(err.Error(), "broken") {
+		t.Errorf("error %v does not name the record", err)
+	}
+	if diff := before.Diff(pod.State(t)); diff != "" {
+		t.Errorf("the namespace is not as before:\n%s", diff)
+	}
+	if _, err := os.Stat(broken); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestUninstall(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "state")
-	r, pod, w := setupIn(t, dir)
+	node := netnstest.NewNode(t)
+	o := iptables.Options{StateDir: dir, HostNetns: node.Netns}
+	r, pod, w := setupOn(t, node, o)
 	before := pod.State(t)
 	mustAdd(t, r, w)
 	for range 2 {
-		if err := iptables.Uninstall(t.Context(), iptables.Options{StateDir: dir}); err != nil {
+		if err := iptables.Uninstall(t.Context(), o); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -267,11 +300,11 @@ func BenchmarkConnect(b *testing.B) {
 }
 
 func benchmarkConnect(b *testing.B, variant string, cidrs, ports int) {
-	r, err := iptables.New(iptables.Options{StateDir: b.TempDir(), Variant: variant})
+	node := netnstest.NewNode(b)
+	r, err := iptables.New(iptables.Options{StateDir: b.TempDir(), Variant: variant, HostNetns: node.Netns})
 	if err != nil {
 		b.Fatal(err)
 	}
-	node := netnstest.NewNode(b)
 	pod, peer := node.Pod(b, "pod"), node.Pod(b, "peer")
 	w := redirect.Workload{
 		ID:  redirect.ID{PodUID: "uid", NetnsInode: pod.Inode(b)},
@@ -320,11 +353,12 @@ func connectOnce(to netip.AddrPort) error {
 // BenchmarkOperations measures what the agent does with one pod of both families.
 func BenchmarkOperations(b *testing.B) {
 	need.Root(b)
-	r, err := iptables.New(iptables.Options{StateDir: b.TempDir()})
+	node := netnstest.NewNode(b)
+	r, err := iptables.New(iptables.Options{StateDir: b.TempDir(), HostNetns: node.Netns})
 	if err != nil {
 		b.Fatal(err)
 	}
-	pod := netnstest.NewNode(b).Pod(b, "pod")
+	pod := node.Pod(b, "pod")
 	w := redirect.Workload{
 		ID:  redirect.ID{PodUID: "uid", NetnsInode: pod.Inode(b)},
 		Pod: "shop/web", Netns: pod.Netns, Addrs: pod.Addrs(), Interfaces: []string{"eth0"},

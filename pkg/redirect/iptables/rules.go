@@ -90,6 +90,7 @@ func verdicts() []verdict {
 		{"nat", "SLUICE_OUT_OTHER", redirect.Outbound, bypassed, "not_included", pass, ""},
 		{"nat", "SLUICE_IN_CAPTURED", redirect.Inbound, redirected, "captured", toInbound, "SLUICE_IN_DOWN"},
 		{"nat", "SLUICE_IN_PROXYPORT", redirect.Inbound, bypassed, "proxy_port", pass, ""},
+		{"nat", "SLUICE_IN_PROBE", redirect.Inbound, bypassed, "host_probe", pass, ""},
 		{"nat", "SLUICE_IN_HEALTH", redirect.Inbound, bypassed, "health_port", pass, ""},
 		{"nat", "SLUICE_IN_X_IF", redirect.Inbound, bypassed, "excluded_interface", pass, ""},
 		{"nat", "SLUICE_IN_X_PORT", redirect.Inbound, bypassed, "excluded_port", pass, ""},
@@ -102,8 +103,9 @@ func verdicts() []verdict {
 }
 
 // tables returns what the workload needs for the family of addr, its address.
+// Connections from source are of the node itself and pass; none do if it is zero.
 // filter comes first: traffic is steered from the nat table on.
-func tables(w redirect.Workload, addr netip.Addr) []table {
+func tables(w redirect.Workload, addr, source netip.Addr) []table {
 	filter := table{
 		name: "filter",
 		// Every packet of the pod passes this rule, so it is a single one: only
@@ -119,7 +121,7 @@ func tables(w redirect.Workload, addr netip.Addr) []table {
 		},
 	}
 	b := &builder{v4: addr.Is4(), chains: make(map[string]*chain)}
-	b.inbound(w, addr)
+	b.inbound(w, addr, source)
 	b.outbound(w, addr)
 	for _, name := range b.order {
 		nat.walk = append(nat.walk, *b.chains[name])
@@ -203,7 +205,7 @@ func (b *builder) outbound(w redirect.Workload, addr netip.Addr) {
 	b.rule("-g SLUICE_OUT_PROXY")
 }
 
-func (b *builder) inbound(w redirect.Workload, addr netip.Addr) {
+func (b *builder) inbound(w redirect.Workload, addr, source netip.Addr) {
 	own := netip.PrefixFrom(addr, addr.BitLen())
 	b.begin("SLUICE_INBOUND")
 	for _, name := range w.Policy.ExcludeInterfaces {
@@ -219,8 +221,17 @@ func (b *builder) inbound(w redirect.Workload, addr netip.Addr) {
 	b.rule("-p tcp -m multiport --dports %d,%d -g SLUICE_IN_PROXYPORT", redirect.OutboundPort, redirect.InboundPort)
 	b.rule("-p tcp -m tcp --dport %d -g SLUICE_IN_HEALTH", redirect.HealthPort)
 	b.ports("SLUICE_IN_XP", in.ExcludePorts, "SLUICE_IN_X_PORT")
-	b.ports("SLUICE_IN_IP", in.IncludePorts, "SLUICE_IN_CAPTURED")
+	captured := "SLUICE_IN_CAPTURED"
+	if source.IsValid() {
+		captured = "SLUICE_IN_TAKE"
+	}
+	b.ports("SLUICE_IN_IP", in.IncludePorts, captured)
 	b.rule("-g SLUICE_IN_OTHER")
+	if source.IsValid() {
+		b.begin(captured)
+		b.rule("-s %s -g SLUICE_IN_PROBE", netip.PrefixFrom(source, source.BitLen()))
+		b.rule("-g SLUICE_IN_CAPTURED")
+	}
 }
 
 // A span is a run of ports.
@@ -492,12 +503,12 @@ func removeText(have saved) string {
 func jumpText(want []jump, old savedTable) string {
 	var s strings.Builder
 	for _, j := range old.jumps {
-		if !slices.Contains(want, j) || count(old.jumps, j) > 1 {
+		if !slices.Contains(want, j) || count(old.jumps, j) > 1 || slices.Contains(old.late, j) {
 			fmt.Fprintf(&s, "-D %s %s\n", j.builtin, j.rule)
 		}
 	}
 	for _, j := range want {
-		if count(old.jumps, j) != 1 {
+		if count(old.jumps, j) != 1 || slices.Contains(old.late, j) {
 			fmt.Fprintf(&s, "-I %s 1 %s\n", j.builtin, j.rule)
 		}
 	}

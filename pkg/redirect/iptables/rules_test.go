@@ -30,6 +30,14 @@ func goldenWorkload() redirect.Workload {
 	}
 }
 
+// source returns where exempt connections to addr come from.
+func source(addr netip.Addr) netip.Addr {
+	if addr.Is4() {
+		return netip.MustParseAddr(DefaultProbeSource4)
+	}
+	return netip.MustParseAddr(DefaultProbeSource6)
+}
+
 func prefixes(list ...string) []netip.Prefix {
 	ps := make([]netip.Prefix, len(list))
 	for i, s := range list {
@@ -84,7 +92,7 @@ func TestGolden(t *testing.T) {
 			t.Run(name, func(t *testing.T) {
 				w := goldenWorkload()
 				tc.change(&w)
-				got := installText(tables(w, addr), nil)
+				got := installText(tables(w, addr, source(addr)), nil)
 				file := filepath.Join("testdata", name+".rules")
 				if *update {
 					if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
@@ -195,7 +203,7 @@ func TestTreesMeanTheSame(t *testing.T) {
 		if v4 {
 			addr = w.Addrs[0]
 		}
-		nat := tables(w, addr)[1]
+		nat := tables(w, addr, source(addr))[1]
 		for range 200 {
 			dst := netip.AddrPortFrom(randomAddr(rnd, v4), uint16(1+rnd.IntN(3100)))
 			want := "SLUICE_OUT_CAPTURED"
@@ -264,7 +272,7 @@ func TestNames(t *testing.T) {
 		w.Policy.Outbound.ExcludePorts.List = append(w.Policy.Outbound.ExcludePorts.List, uint16(1+2*i))
 	}
 	const xtChainName = 28 // of the kernel's XT_FUNCTION_MAXNAMELEN 29
-	for _, tb := range tables(w, w.Addrs[0]) {
+	for _, tb := range slices.Concat(tables(w, w.Addrs[0], source(w.Addrs[0])), hostTables(source(w.Addrs[0]), []string{"kubepods"}, w.Addrs)) {
 		for _, c := range slices.Concat(tb.walk, tb.verdicts) {
 			if len(c.name) > xtChainName || !strings.HasPrefix(c.name, chainPrefix) {
 				t.Errorf("chain name %q", c.name)

@@ -14,7 +14,9 @@ type saved map[string]savedTable
 // A savedTable holds our chains, and the rules of built-in chains that lead to
 // them.
 type savedTable struct {
-	jumps  []jump
+	jumps []jump
+	// late are those of jumps behind rules of others that end the walk.
+	late   []jump
 	chains map[string]savedChain
 }
 
@@ -33,12 +35,13 @@ func (r savedRule) is(text string) bool { return r.text == text }
 func parseSaved(out string) (s saved, foreign bool, err error) {
 	s = make(saved)
 	var name string
+	var ended []string // built-in chains in which a rule of others ends the walk
 	for line := range strings.Lines(out) {
 		line = strings.TrimSpace(line)
 		switch {
 		case line == "" || line[0] == '#' || line == "COMMIT":
 		case line[0] == '*':
-			name = line[1:]
+			name, ended = line[1:], nil
 			s[name] = savedTable{chains: make(map[string]savedChain)}
 		case line[0] == ':':
 			c, _, _ := strings.Cut(line[1:], " ")
@@ -62,9 +65,15 @@ func parseSaved(out string) (s saved, foreign bool, err error) {
 				t.chains[c] = savedChain{append(t.chains[c].rules, r)}
 			case strings.Contains(text, "-j "+chainPrefix):
 				t.jumps = append(t.jumps, jump{c, text})
+				if slices.Contains(ended, c) {
+					t.late = append(t.late, jump{c, text})
+				}
 				s[name] = t
 			default:
 				foreign = true
+				if endsWalk(text) {
+					ended = append(ended, c)
+				}
 			}
 		}
 	}
@@ -74,6 +83,14 @@ func parseSaved(out string) (s saved, foreign bool, err error) {
 		}
 	}
 	return s, foreign, nil
+}
+
+// endsWalk says whether a rule of others decides over what it matches. One that
+// leads to a chain of theirs does not: it is for what is theirs.
+func endsWalk(rule string) bool {
+	_, target, _ := strings.Cut(rule, "-j ")
+	target, _, _ = strings.Cut(target, " ")
+	return slices.Contains([]string{"ACCEPT", "DROP", "RETURN", "REJECT", "SNAT", "MASQUERADE", "DNAT", "REDIRECT", "NETMAP"}, target)
 }
 
 // hash changes with every change of a rule, chain or jump, and with no counter.
