@@ -19,7 +19,7 @@ import (
 
 // cases is the table.
 func cases() []testCase {
-	return slices.Concat(outboundCases(), inboundCases(), failClosedCases(), lifecycleCases())
+	return slices.Concat(outboundCases(), inboundCases(), probeCases(), failClosedCases(), lifecycleCases())
 }
 
 func outboundCases() []testCase {
@@ -330,10 +330,6 @@ func inboundCases() []testCase {
 			r := e.node.Remote(e, "remote")
 			e.wantInbound(e.ask(r.Namespace, e.podPort(appPort)), e.podPort(appPort), e.family(r.Addrs()...))
 		}},
-		{name: "inbound/node", proxy: tell, run: func(e *env) {
-			a := e.ask(e.node.Namespace, e.podPort(appPort))
-			e.wantInbound(a, e.podPort(appPort), e.family(e.node.Addr4(), e.node.Addr6()))
-		}},
 		{name: "inbound/port without a server", proxy: tell, run: func(e *env) {
 			e.wantInbound(e.ask(e.peer.Namespace, e.podPort(9)), e.podPort(9), e.peerAddr())
 		}},
@@ -586,14 +582,14 @@ func lifecycleCases() []testCase {
 		{name: "lifecycle/restart", proxy: tell, run: func(e *env) {
 			out, _ := e.connect(e.pod.Namespace, e.peerPort(appPort))
 			in, _ := e.connect(e.peer.Namespace, e.podPort(appPort))
-			first := e.open(e)
+			first := e.open(e, e.node.Netns)
 			e.wantWhole(first)
 			if err := first.Close(); err != nil {
 				e.Fatalf("close: %v", err)
 			}
 			e.wantAlive(out, in)
 			e.wantProxy(e.ask(e.pod.Namespace, e.peerPort(appPort)), redirect.OutboundPort, e.peerPort(appPort))
-			second := e.open(e)
+			second := e.open(e, e.node.Netns)
 			defer func() { _ = second.Close() }()
 			e.wantWhole(second)
 			if err := second.Add(e.Context(), e.w); err != nil {

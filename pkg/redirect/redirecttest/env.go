@@ -32,7 +32,7 @@ const (
 // pod with a server, all new, on a node that the whole run shares.
 type env struct {
 	*testing.T
-	open func(testing.TB) redirect.Redirector
+	open Open
 	r    redirect.Redirector
 	// v4 is the family of the case.
 	v4   bool
@@ -41,6 +41,8 @@ type env struct {
 	pod   *netnstest.Pod
 	w     redirect.Workload
 	proxy *proxy
+	// hostPod is a process of a pod on the node's network.
+	hostPod *proxy
 	// peer is another pod of the node, without redirection; "peer" answers there.
 	peer *netnstest.Pod
 }

@@ -26,6 +26,7 @@ const churnEnv = "SLUICE_TEST_CHURN"
 // A churning is what a process does until it is killed.
 type churning struct {
 	Dir       string
+	HostNetns string
 	Workloads []redirect.Workload
 	Seed      uint64
 }
@@ -38,7 +39,7 @@ func churn(config string) error {
 		return err
 	}
 	ctx, random := context.Background(), rand.New(rand.NewPCG(c.Seed, 0))
-	r, err := redirect.Choose(bothIn(c.Dir))
+	r, err := redirect.Choose(bothIn(c.Dir, c.HostNetns))
 	if err != nil {
 		return err
 	}
@@ -97,7 +98,9 @@ func TestKilledAnywhere(t *testing.T) {
 	t.Logf("TEST_SEED=%d", seed)
 	random := rand.New(rand.NewPCG(seed, 1))
 	node := netnstest.NewNode(t)
-	c := churning{Dir: stateDir(t)}
+	startHostPod(t, node)
+	c := churning{Dir: stateDir(t, node.Netns), HostNetns: node.Netns}
+	nodeRules := rules(node.State(t))
 	pods, before := make([]*netnstest.Pod, 2), make([]netnstest.State, 2)
 	for i := range pods {
 		pods[i] = node.Pod(t, "pod")
@@ -113,7 +116,7 @@ func TestKilledAnywhere(t *testing.T) {
 		// Every third one is killed while it starts.
 		killed(t, string(config), i%3 != 0, time.Duration(random.IntN(300))*time.Millisecond)
 	}
-	r := choose(t, bothIn(c.Dir))
+	r := choose(t, bothIn(c.Dir, c.HostNetns))
 	for i, w := range c.Workloads {
 		if err := r.Remove(t.Context(), w.ID); err != nil {
 			t.Error(err)
@@ -124,6 +127,9 @@ func TestKilledAnywhere(t *testing.T) {
 	}
 	if left, err := r.List(t.Context()); err != nil || len(left) > 0 {
 		t.Errorf("List() = %v, %v", left, err)
+	}
+	if diff := nodeRules.Diff(rules(node.State(t))); diff != "" {
+		t.Errorf("the node is not as before:\n%s", diff)
 	}
 	usage, err := r.MapUsage(t.Context())
 	if err != nil || len(usage) == 0 {

@@ -28,23 +28,27 @@ func TestMain(m *testing.M) {
 
 // both returns options for a Chosen over both real backends, which keep what
 // they install until the test ends.
-func both(t *testing.T) redirect.Options {
+func both(t *testing.T, node *netnstest.Node) redirect.Options {
 	t.Helper()
 	need.EBPF(t)
 	need.Tool(t, "iptables-restore")
 	need.Tool(t, "ip6tables-restore")
-	return bothIn(stateDir(t))
+	return bothIn(stateDir(t, node.Netns), node.Netns)
 }
 
 // stateDir returns where backends may keep what they install until the test ends.
-func stateDir(t *testing.T) string {
+func stateDir(t *testing.T, hostNetns string) string {
 	t.Helper()
 	dir := t.TempDir()
 	if err := os.Mkdir(filepath.Dir(pinDir(dir)), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := bpf.Uninstall(context.Background(), bpf.Options{PinDir: pinDir(dir)}); err != nil {
+		ctx := context.Background()
+		if err := bpf.Uninstall(ctx, bpf.Options{PinDir: pinDir(dir)}); err != nil {
+			t.Errorf("uninstall: %v", err)
+		}
+		if err := iptables.Uninstall(ctx, rulesOptions(dir, hostNetns)); err != nil {
 			t.Errorf("uninstall: %v", err)
 		}
 	})
@@ -53,11 +57,17 @@ func stateDir(t *testing.T) string {
 
 func pinDir(dir string) string { return filepath.Join(dir, "bpf", "sluice") }
 
-func bothIn(dir string) redirect.Options {
+func rulesOptions(dir, hostNetns string) iptables.Options {
+	return iptables.Options{StateDir: filepath.Join(dir, "iptables"), HostNetns: hostNetns}
+}
+
+func bothIn(dir, hostNetns string) redirect.Options {
 	return redirect.Options{
-		NewEBPF: func() (redirect.Redirector, error) { return bpf.New(bpf.Options{PinDir: pinDir(dir)}) },
+		NewEBPF: func() (redirect.Redirector, error) {
+			return bpf.New(bpf.Options{PinDir: pinDir(dir), HostNetns: hostNetns})
+		},
 		NewIPTables: func() (redirect.Redirector, error) {
-			return iptables.New(iptables.Options{StateDir: filepath.Join(dir, "iptables")})
+			return iptables.New(rulesOptions(dir, hostNetns))
 		},
 		Left: func(redirect.Backend) bool { return true },
 	}
@@ -81,7 +91,9 @@ func choose(t *testing.T, o redirect.Options) *redirect.Chosen {
 // TestNodesBackendChanges restarts with another backend for the node, and back.
 // Pods that ask for none move, with their connections.
 func TestNodesBackendChanges(t *testing.T) {
-	o := both(t)
+	node := netnstest.NewNode(t)
+	startHostPod(t, node)
+	o := both(t, node)
 	restarts := testCase{name: "restarts", byHand: true, run: func(e *env) {
 		clean := e.pod.State(e)
 		e.startProxy(tell)
@@ -113,7 +125,6 @@ func TestNodesBackendChanges(t *testing.T) {
 		e.proxy.stop()
 		e.wantClean(clean)
 	}}
-	node := netnstest.NewNode(t)
 	for name, v4 := range map[string]bool{"v4": true, "v6": false} {
 		t.Run(name, func(t *testing.T) {
 			runCase(t, restarts, &env{T: t, r: choose(t, o), v4: v4, node: node})
@@ -124,7 +135,9 @@ func TestNodesBackendChanges(t *testing.T) {
 // TestMove moves a pod between the real backends and back. Connections of every
 // stage live on, new ones are always captured.
 func TestMove(t *testing.T) {
-	c := choose(t, both(t))
+	node := netnstest.NewNode(t)
+	hostPod := startHostPod(t, node)
+	c := choose(t, both(t, node))
 	if c.Backend() != redirect.BackendEBPF {
 		t.Fatalf("needs eBPF: %s", c.Reason())
 	}
@@ -146,6 +159,8 @@ func TestMove(t *testing.T) {
 			i, a := e.connect(e.peer.Namespace, e.podPort(appPort))
 			e.wantInbound(a, e.podPort(appPort), e.peerAddr())
 			open = append(open, o, i)
+			e.wantBare(e.ask(e.node.Namespace, e.podPort(appPort)), "app")
+			e.wantFromHostPod()
 		}
 		e.wantAlive(open...)
 		for _, c := range open {
@@ -211,12 +226,11 @@ func TestMove(t *testing.T) {
 		}
 		e.wantAlive(out, in)
 	}}
-	node := netnstest.NewNode(t)
 	for name, v4 := range map[string]bool{"v4": true, "v6": false} {
 		t.Run(name, func(t *testing.T) {
 			for _, tc := range []testCase{moves, toApp, drains} {
 				t.Run(tc.name, func(t *testing.T) {
-					runCase(t, tc, &env{T: t, r: c, v4: v4, node: node})
+					runCase(t, tc, &env{T: t, r: c, v4: v4, node: node, hostPod: hostPod})
 				})
 			}
 		})

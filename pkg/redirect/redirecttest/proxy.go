@@ -76,6 +76,10 @@ type order struct {
 	Dial netip.AddrPort
 	// Bind is the source address; zero leaves it to the kernel.
 	Bind netip.Addr
+	// Begin, if not 0, is how many connections to begin without a look at what
+	// becomes of them. They are closed at once unless Keep is set.
+	Begin int
+	Keep  bool
 }
 
 // A report is the answer to an order, and with neither field set the sign that
@@ -96,9 +100,16 @@ type proxy struct {
 // startProxy starts a proxy inside ns and returns when it listens.
 func startProxy(tb testing.TB, ns netnstest.Namespace, uid uint32, mode string) *proxy {
 	tb.Helper()
+	return startIn(tb, ns, "", uid, mode)
+}
+
+// startIn is startProxy in a cgroup; "" leaves it in that of the test.
+func startIn(tb testing.TB, ns netnstest.Namespace, cgroup string, uid uint32, mode string) *proxy {
+	tb.Helper()
 	// The link is followed by the kernel without a look at the directories on
 	// the way, which the user may not enter.
 	cmd := ns.Command(tb, uid, "/proc/self/exe")
+	cmd.In(cgroup)
 	cmd.Env = []string{proxyEnv + "=" + mode}
 	cmd.Stderr = os.Stderr
 	ordersR, ordersW := pipe(tb)
@@ -131,9 +142,13 @@ func (p *proxy) stop() { p.cmd.Kill() }
 
 // dial connects from the proxy's process and returns what answers.
 func (p *proxy) dial(to netip.AddrPort, bind netip.Addr) (answer, error) {
+	return p.order(order{Dial: to, Bind: bind})
+}
+
+func (p *proxy) order(o order) (answer, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if err := json.NewEncoder(p.orders).Encode(order{Dial: to, Bind: bind}); err != nil {
+	if err := json.NewEncoder(p.orders).Encode(o); err != nil {
 		return answer{}, fmt.Errorf("order a connection: %w", err)
 	}
 	r, err := p.report()
@@ -184,7 +199,12 @@ func runProxy(mode string, orders io.Reader, reports io.Writer) error {
 		}
 		var r report
 		var err error
-		if r.Answer, err = obey(ctx, o); err != nil {
+		if o.Begin > 0 {
+			err = begin(o)
+		} else {
+			r.Answer, err = obey(ctx, o)
+		}
+		if err != nil {
 			r.Err = err.Error()
 		}
 		if err := out.Encode(r); err != nil {
@@ -202,6 +222,30 @@ func obey(ctx context.Context, o order) (answer, error) {
 	}
 	defer func() { _ = c.Close() }()
 	return readAnswer(ctx, c)
+}
+
+// begin is the part of obey that waits for nothing.
+func begin(o order) error {
+	domain := unix.AF_INET6
+	if o.Dial.Addr().Is4() {
+		domain = unix.AF_INET
+	}
+	for range o.Begin {
+		fd, err := unix.Socket(domain, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, unix.IPPROTO_TCP)
+		if err != nil {
+			return fmt.Errorf("make socket: %w", err)
+		}
+		if err := unix.Connect(fd, sockaddr(domain, o.Dial)); err != nil && !errors.Is(err, unix.EINPROGRESS) {
+			return fmt.Errorf("connect to %s: %w", o.Dial, err)
+		}
+		if o.Keep {
+			continue
+		}
+		if err := unix.Close(fd); err != nil {
+			return fmt.Errorf("close socket: %w", err)
+		}
+	}
+	return nil
 }
 
 func dialFrom(ctx context.Context, bind netip.Addr, to netip.AddrPort) (net.Conn, error) {

@@ -28,13 +28,17 @@ type testCase struct {
 	run  func(*env)
 }
 
+// An Open opens a backend on the node whose network namespace is at hostNetns.
+type Open func(tb testing.TB, hostNetns string) redirect.Redirector
+
 // Run runs the suite against the backend that open opens. Each call of open
 // finds what the Redirectors that earlier calls opened have installed. The
 // suite closes what it opens. TestMain must call Main.
-func Run(t *testing.T, backend redirect.Backend, open func(testing.TB) redirect.Redirector) {
+func Run(t *testing.T, backend redirect.Backend, open Open) {
 	need.Root(t)
 	node := netnstest.NewNode(t)
-	r := open(t)
+	hostPod := startHostPod(t, node)
+	r := open(t, node.Netns)
 	defer func() {
 		if err := r.Close(); err != nil {
 			t.Errorf("close redirector: %v", err)
@@ -54,7 +58,7 @@ func Run(t *testing.T, backend redirect.Backend, open func(testing.TB) redirect.
 					t.Logf("differs with %s: %s", backend, why)
 					return
 				}
-				runCase(t, tc, &env{T: t, open: open, r: r, v4: v4, node: node})
+				runCase(t, tc, &env{T: t, open: open, r: r, v4: v4, node: node, hostPod: hostPod})
 			})
 		}
 	}
