@@ -1,10 +1,12 @@
-package cniapi
+package cniserver
 
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
@@ -17,21 +19,23 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
 )
 
 // A fake is a Handler that records and answers with err.
 type fake struct {
 	mu    sync.Mutex
 	calls []string
-	last  Attachment
+	last  cniapi.Attachment
 	// network and valid are those of the last GC.
 	network string
-	valid   []AttachmentID
+	valid   []cniapi.AttachmentID
 	err     error
 	do      func(context.Context) error
 }
 
-func (f *fake) note(ctx context.Context, verb string, a Attachment) error {
+func (f *fake) note(ctx context.Context, verb string, a cniapi.Attachment) error {
 	f.mu.Lock()
 	f.calls, f.last = append(f.calls, verb), a
 	do, err := f.do, f.err
@@ -42,32 +46,35 @@ func (f *fake) note(ctx context.Context, verb string, a Attachment) error {
 	return err
 }
 
-func (f *fake) Add(ctx context.Context, a Attachment) error   { return f.note(ctx, "add", a) }
-func (f *fake) Del(ctx context.Context, a Attachment) error   { return f.note(ctx, "del", a) }
-func (f *fake) Check(ctx context.Context, a Attachment) error { return f.note(ctx, "check", a) }
-func (f *fake) Status(ctx context.Context) error              { return f.note(ctx, "status", Attachment{}) }
+func (f *fake) Add(ctx context.Context, a cniapi.Attachment) error { return f.note(ctx, "add", a) }
 
-func (f *fake) GC(ctx context.Context, network string, valid []AttachmentID) error {
+func (f *fake) Del(ctx context.Context, a cniapi.Attachment) error { return f.note(ctx, "del", a) }
+
+func (f *fake) Check(ctx context.Context, a cniapi.Attachment) error { return f.note(ctx, "check", a) }
+
+func (f *fake) Status(ctx context.Context) error { return f.note(ctx, "status", cniapi.Attachment{}) }
+
+func (f *fake) GC(ctx context.Context, network string, valid []cniapi.AttachmentID) error {
 	f.network, f.valid = network, valid
-	return f.note(ctx, "gc", Attachment{})
+	return f.note(ctx, "gc", cniapi.Attachment{})
 }
 
-func example() Attachment {
-	return Attachment{
-		AttachmentID: AttachmentID{ContainerID: "c1", IfName: "eth0"},
+func example() cniapi.Attachment {
+	return cniapi.Attachment{
+		AttachmentID: cniapi.AttachmentID{ContainerID: "c1", IfName: "eth0"},
 		Network:      "pods",
 		Netns:        "/run/netns/x",
 		PodNamespace: "shop",
 		PodName:      "reviews-1",
 		PodUID:       "0b6f",
-		Interfaces: []Interface{{Name: "eth0", Addrs: []netip.Addr{
+		Interfaces: []cniapi.Interface{{Name: "eth0", Addrs: []netip.Addr{
 			netip.MustParseAddr("10.1.0.5"), netip.MustParseAddr("fd00::5"),
 		}}},
 	}
 }
 
 // start runs a server that answers this process, whoever runs it.
-func start(t *testing.T, o ServerOptions, uid int, budget time.Duration) *Server {
+func start(t *testing.T, o Options, uid int, budget time.Duration) *Server {
 	t.Helper()
 	s, err := newServer(o, uint32(uid), budget)
 	if err != nil {
@@ -93,20 +100,20 @@ func TestVerbs(t *testing.T) {
 	f := &fake{}
 	seen := make(chan string, 7)
 	path := socket(t)
-	start(t, ServerOptions{Socket: path, Handler: f, Observe: func(verb string, code int, d time.Duration) {
+	start(t, Options{Socket: path, Handler: f, Observe: func(verb string, code int, d time.Duration) {
 		seen <- fmt.Sprintf("%s %d", verb, code)
 		if d <= 0 {
 			t.Errorf("%s took %v", verb, d)
 		}
-	}}, os.Getuid(), serverBudget)
-	c := NewClient(path)
+	}}, os.Getuid(), cniapi.ServerBudget)
+	c := cniapi.NewClient(cniapi.ClientOptions{Socket: path})
 	ctx := t.Context()
 
 	for _, do := range []func() error{
 		func() error { return c.Add(ctx, example()) },
 		func() error { return c.Check(ctx, example()) },
 		func() error { return c.Del(ctx, example()) },
-		func() error { return c.GC(ctx, "pods", []AttachmentID{{"c1", "eth0"}}) },
+		func() error { return c.GC(ctx, "pods", []cniapi.AttachmentID{{ContainerID: "c1", IfName: "eth0"}}) },
 		func() error { return c.Status(ctx) },
 	} {
 		if err := do(); err != nil {
@@ -117,7 +124,7 @@ func TestVerbs(t *testing.T) {
 	if diff := cmp.Diff(want, f.calls); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff([]AttachmentID{{"c1", "eth0"}}, f.valid); f.network != "pods" || diff != "" {
+	if diff := cmp.Diff([]cniapi.AttachmentID{{ContainerID: "c1", IfName: "eth0"}}, f.valid); f.network != "pods" || diff != "" {
 		t.Errorf("GC of network %q, valid (-want +got):\n%s", f.network, diff)
 	}
 	if err := c.Add(ctx, example()); err != nil {
@@ -145,12 +152,12 @@ func TestVerbs(t *testing.T) {
 func TestHandlerErrorReachesTheClientUnchanged(t *testing.T) {
 	f := &fake{err: errors.New(`annotation sluice.dev/backend: "ebfp": want auto, ebpf or iptables`)}
 	path := socket(t)
-	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid(), serverBudget)
-	err := NewClient(path).Add(t.Context(), example())
+	start(t, Options{Socket: path, Handler: f}, os.Getuid(), cniapi.ServerBudget)
+	err := cniapi.NewClient(cniapi.ClientOptions{Socket: path}).Add(t.Context(), example())
 	if err == nil || err.Error() != f.err.Error() {
 		t.Errorf("got %v, want %v", err, f.err)
 	}
-	if errors.Is(err, ErrUnavailable) {
+	if errors.Is(err, cniapi.ErrUnavailable) {
 		t.Error("an answer counts as no answer")
 	}
 }
@@ -158,8 +165,8 @@ func TestHandlerErrorReachesTheClientUnchanged(t *testing.T) {
 func TestPanicBecomesAnError(t *testing.T) {
 	f := &fake{do: func(context.Context) error { panic("out of cheese") }}
 	path := socket(t)
-	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid(), serverBudget)
-	c := NewClient(path)
+	start(t, Options{Socket: path, Handler: f}, os.Getuid(), cniapi.ServerBudget)
+	c := cniapi.NewClient(cniapi.ClientOptions{Socket: path})
 	for range 2 { // and the server lives on
 		if err := c.Add(t.Context(), example()); err == nil || !strings.Contains(err.Error(), "panic in the agent: out of cheese") {
 			t.Errorf("got %v", err)
@@ -170,8 +177,8 @@ func TestPanicBecomesAnError(t *testing.T) {
 func TestOtherUsersAreRefused(t *testing.T) {
 	f := &fake{}
 	path := socket(t)
-	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid()+1, serverBudget)
-	err := NewClient(path).Add(t.Context(), example())
+	start(t, Options{Socket: path, Handler: f}, os.Getuid()+1, cniapi.ServerBudget)
+	err := cniapi.NewClient(cniapi.ClientOptions{Socket: path}).Add(t.Context(), example())
 	want := fmt.Sprintf("only root may ask the agent: process %d has UID %d", os.Getpid(), os.Getuid())
 	if err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
@@ -183,7 +190,7 @@ func TestOtherUsersAreRefused(t *testing.T) {
 
 func TestSocketIsForRootAlone(t *testing.T) {
 	path := socket(t)
-	start(t, ServerOptions{Socket: path, Handler: &fake{}}, os.Getuid(), serverBudget)
+	start(t, Options{Socket: path, Handler: &fake{}}, os.Getuid(), cniapi.ServerBudget)
 	fi, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)
@@ -210,15 +217,15 @@ func TestNewServerErrors(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name string
-		o    ServerOptions
+		o    Options
 		want string
 	}{
-		{"no handler", ServerOptions{Socket: socket(t)}, "no handler"},
-		{"open directory", ServerOptions{Socket: filepath.Join(open, "s"), Handler: &fake{}}, "may be written to by everybody"},
-		{"long path", ServerOptions{Socket: filepath.Join(t.TempDir(), strings.Repeat("x", 120)), Handler: &fake{}}, "invalid argument"},
+		{"no handler", Options{Socket: socket(t)}, "no handler"},
+		{"open directory", Options{Socket: filepath.Join(open, "s"), Handler: &fake{}}, "may be written to by everybody"},
+		{"long path", Options{Socket: filepath.Join(t.TempDir(), strings.Repeat("x", 120)), Handler: &fake{}}, "invalid argument"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			_, err := NewServer(tc.o)
+			_, err := New(tc.o)
 			if err == nil || !strings.Contains(err.Error(), tc.want) {
 				t.Errorf("got %v, want %q", err, tc.want)
 			}
@@ -229,12 +236,12 @@ func TestNewServerErrors(t *testing.T) {
 func TestNewServerTakesOver(t *testing.T) {
 	path := socket(t)
 	older, newer := &fake{}, &fake{}
-	start(t, ServerOptions{Socket: path, Handler: older}, os.Getuid(), serverBudget)
-	c := NewClient(path)
+	start(t, Options{Socket: path, Handler: older}, os.Getuid(), cniapi.ServerBudget)
+	c := cniapi.NewClient(cniapi.ClientOptions{Socket: path})
 	if err := c.Status(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	start(t, ServerOptions{Socket: path, Handler: newer}, os.Getuid(), serverBudget)
+	start(t, Options{Socket: path, Handler: newer}, os.Getuid(), cniapi.ServerBudget)
 	if err := c.Status(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -254,7 +261,7 @@ func TestNewServerTakesOver(t *testing.T) {
 func TestRequestsWaitForRun(t *testing.T) {
 	f := &fake{}
 	sock := socket(t)
-	s, err := newServer(ServerOptions{Socket: sock, Handler: f}, uint32(os.Getuid()), serverBudget)
+	s, err := newServer(Options{Socket: sock, Handler: f}, uint32(os.Getuid()), cniapi.ServerBudget)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -266,7 +273,7 @@ func TestRequestsWaitForRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	go func() { ran <- s.Run(ctx) }()
-	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.0\r\n\r\n", path(verbStatus)); err != nil {
+	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.0\r\n\r\n", cniapi.Path(cniapi.VerbStatus)); err != nil {
 		t.Fatal(err)
 	}
 	var b bytes.Buffer
@@ -282,7 +289,7 @@ func TestRequestsWaitForRun(t *testing.T) {
 
 func TestUnavailable(t *testing.T) {
 	stale := socket(t)
-	s, err := newServer(ServerOptions{Socket: stale, Handler: &fake{}}, uint32(os.Getuid()), serverBudget)
+	s, err := newServer(Options{Socket: stale, Handler: &fake{}}, uint32(os.Getuid()), cniapi.ServerBudget)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +297,7 @@ func TestUnavailable(t *testing.T) {
 		t.Fatal(err)
 	}
 	silent := socket(t)
-	if _, err := newServer(ServerOptions{Socket: silent, Handler: &fake{}}, uint32(os.Getuid()), serverBudget); err != nil {
+	if _, err := newServer(Options{Socket: silent, Handler: &fake{}}, uint32(os.Getuid()), cniapi.ServerBudget); err != nil {
 		t.Fatal(err)
 	}
 	for _, tc := range []struct{ name, socket, want string }{
@@ -299,9 +306,9 @@ func TestUnavailable(t *testing.T) {
 		{"no answer", silent, "no answer within 100ms"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			c := newClient(tc.socket, 100*time.Millisecond)
+			c := cniapi.NewClient(cniapi.ClientOptions{Socket: tc.socket, Budget: 100 * time.Millisecond, StatusBudget: 100 * time.Millisecond})
 			err := c.Add(t.Context(), example())
-			if !errors.Is(err, ErrUnavailable) {
+			if !errors.Is(err, cniapi.ErrUnavailable) {
 				t.Fatalf("got %v", err)
 			}
 			prefix := "sluice agent is not available on this node (socket " + tc.socket + "): "
@@ -309,7 +316,7 @@ func TestUnavailable(t *testing.T) {
 			if !strings.HasPrefix(err.Error(), prefix) || !strings.HasSuffix(err.Error(), suffix) {
 				t.Errorf("got  %v\nwant %s...%s", err, prefix, suffix)
 			}
-			if err := c.Status(t.Context()); !errors.Is(err, ErrUnavailable) || strings.Contains(err.Error(), "kubelet") {
+			if err := c.Status(t.Context()); !errors.Is(err, cniapi.ErrUnavailable) || strings.Contains(err.Error(), "kubelet") {
 				t.Errorf("Status: %v", err)
 			}
 		})
@@ -317,17 +324,20 @@ func TestUnavailable(t *testing.T) {
 }
 
 func TestBudgets(t *testing.T) {
-	if !(serverBudget < clientBudget && clientBudget < Budget) {
-		t.Errorf("server %v, client %v, all %v: each must be shorter than the next", serverBudget, clientBudget, Budget)
+	if !(cniapi.ServerBudget < cniapi.ClientBudget && cniapi.ClientBudget < cniapi.Budget) {
+		t.Errorf("server %v, client %v, all %v: each must be shorter than the next", cniapi.ServerBudget, cniapi.ClientBudget, cniapi.Budget)
+	}
+	if !(cniapi.ServerWorkBudget < cniapi.WorkBudget && cniapi.AliveInterval < cniapi.ServerBudget) {
+		t.Errorf("work: server %v, client %v, a sign every %v", cniapi.ServerWorkBudget, cniapi.WorkBudget, cniapi.AliveInterval)
 	}
 	f := &fake{do: func(ctx context.Context) error {
 		<-ctx.Done()
 		return fmt.Errorf("wait for the proxy: %w", ctx.Err())
 	}}
 	path := socket(t)
-	start(t, ServerOptions{Socket: path, Handler: f}, os.Getuid(), 50*time.Millisecond)
+	start(t, Options{Socket: path, Handler: f}, os.Getuid(), 50*time.Millisecond)
 	// The agent's own words arrive, not only that there was no answer.
-	err := newClient(path, 10*time.Second).Add(t.Context(), example())
+	err := cniapi.NewClient(cniapi.ClientOptions{Socket: path, Budget: 10 * time.Second}).Check(t.Context(), example())
 	if err == nil || err.Error() != "wait for the proxy: context deadline exceeded" {
 		t.Errorf("got %v", err)
 	}
@@ -336,42 +346,46 @@ func TestBudgets(t *testing.T) {
 func TestRequestsThatAreRefused(t *testing.T) {
 	f := &fake{}
 	sock := socket(t)
-	start(t, ServerOptions{Socket: sock, Handler: f}, os.Getuid(), serverBudget)
-	c := NewClient(sock)
+	start(t, Options{Socket: sock, Handler: f}, os.Getuid(), cniapi.ServerBudget)
+	var d net.Dialer
+	c := &http.Client{Transport: &http.Transport{
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", sock) },
+		DisableKeepAlives: true,
+	}}
 	const whole = `{"containerID":"c","ifName":"eth0","network":"pods","netns":"/n","podNamespace":"a","podName":"b"}`
 	for _, tc := range []struct {
 		name, method, path, body string
 		code                     int
 		want                     string
 	}{
-		{"whole", "POST", path(verbAdd), whole, 200, `{}`},
-		{"no JSON", "POST", path(verbAdd), `hello`, 400, "invalid character"},
-		{"empty", "POST", path(verbAdd), ``, 400, "EOF"},
-		{"two values", "POST", path(verbAdd), whole + whole, 400, "more than one JSON value"},
-		{"unknown field", "POST", path(verbAdd), strings.Replace(whole, "{", `{"mood":1,`, 1), 400, "mood"},
-		{"wrong type", "POST", path(verbAdd), strings.Replace(whole, `"c"`, `1`, 1), 400, "containerID"},
-		{"no container", "POST", path(verbAdd), strings.Replace(whole, `"c"`, `""`, 1), 400, "containerID is missing"},
-		{"no network", "POST", path(verbAdd), strings.Replace(whole, `"pods"`, `""`, 1), 400, "network is missing"},
-		{"no netns", "POST", path(verbAdd), strings.Replace(whole, `"/n"`, `""`, 1), 400, "netns is missing"},
-		{"del without netns", "POST", path(verbDel), strings.Replace(whole, `"/n"`, `""`, 1), 200, `{}`},
-		{"bad address", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["10.1"]}],`, 1), 400, "10.1"},
-		{"empty address", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":[""]}],`, 1), 400, "want an IP address"},
-		{"zone", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["fe80::1%e"]}],`, 1), 400, "without zone"},
-		{"nameless interface", "POST", path(verbAdd), strings.Replace(whole, "{", `{"interfaces":[{"addrs":[]}],`, 1), 400, "no name"},
-		{"gc without list", "POST", path(verbGC), `{"network":"pods"}`, 400, "valid is missing"},
-		{"gc without network", "POST", path(verbGC), `{"valid":[]}`, 400, "network is missing"},
-		{"gc null", "POST", path(verbGC), `{"network":"pods","valid":null}`, 400, "valid is missing"},
-		{"gc half", "POST", path(verbGC), `{"network":"pods","valid":[{"containerID":"c"}]}`, 400, "ifName"},
-		{"too large", "POST", path(verbAdd), `{"podName":"` + strings.Repeat("x", maxRequest) + `"}`, 413, "too large"},
+		{"whole", "POST", cniapi.Path(cniapi.VerbAdd), whole, 200, `{}`},
+		{"no JSON", "POST", cniapi.Path(cniapi.VerbAdd), `hello`, 400, "invalid character"},
+		{"empty", "POST", cniapi.Path(cniapi.VerbAdd), ``, 400, "EOF"},
+		{"two values", "POST", cniapi.Path(cniapi.VerbAdd), whole + whole, 400, "more than one JSON value"},
+		{"unknown field", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, "{", `{"mood":1,`, 1), 400, "mood"},
+		{"wrong type", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, `"c"`, `1`, 1), 400, "containerID"},
+		{"no container", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, `"c"`, `""`, 1), 400, "containerID is missing"},
+		{"no network", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, `"pods"`, `""`, 1), 400, "network is missing"},
+		{"no netns", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, `"/n"`, `""`, 1), 400, "netns is missing"},
+		{"del without netns", "POST", cniapi.Path(cniapi.VerbDel), strings.Replace(whole, `"/n"`, `""`, 1), 200, `{}`},
+		{"bad address", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["10.1"]}],`, 1), 400, "10.1"},
+		{"empty address", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":[""]}],`, 1), 400, "want an IP address"},
+		{"zone", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, "{", `{"interfaces":[{"name":"e","addrs":["fe80::1%e"]}],`, 1), 400, "without zone"},
+		{"nameless interface", "POST", cniapi.Path(cniapi.VerbAdd), strings.Replace(whole, "{", `{"interfaces":[{"addrs":[]}],`, 1), 400, "no name"},
+		{"gc without list", "POST", cniapi.Path(cniapi.VerbGC), `{"network":"pods"}`, 400, "valid is missing"},
+		{"gc without network", "POST", cniapi.Path(cniapi.VerbGC), `{"valid":[]}`, 400, "network is missing"},
+		{"gc null", "POST", cniapi.Path(cniapi.VerbGC), `{"network":"pods","valid":null}`, 400, "valid is missing"},
+		{"gc half", "POST", cniapi.Path(cniapi.VerbGC), `{"network":"pods","valid":[{"containerID":"c"}]}`, 400, "ifName"},
+		{"too large", "POST", cniapi.Path(cniapi.VerbAdd), `{"podName":"` + strings.Repeat("x", cniapi.MaxMessage) + `"}`, 413, "too large"},
 		{"unknown path", "POST", "/v1/nothing", whole, 400, "no such request: POST /v1/nothing"},
-		{"wrong method", "GET", path(verbAdd), "", 400, "no such request: GET /v1/add"},
+		{"wrong method", "GET", cniapi.Path(cniapi.VerbAdd), "", 400, "no such request: GET /v1/add"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			req, err := http.NewRequestWithContext(t.Context(), tc.method, "http://agent"+tc.path, strings.NewReader(tc.body))
 			if err != nil {
 				t.Fatal(err)
 			}
-			res, err := c.http.Do(req)
+			res, err := c.Do(req)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -393,10 +407,10 @@ func TestRequestsThatAreRefused(t *testing.T) {
 func TestAddressesAreUnmapped(t *testing.T) {
 	f := &fake{}
 	sock := socket(t)
-	start(t, ServerOptions{Socket: sock, Handler: f}, os.Getuid(), serverBudget)
+	start(t, Options{Socket: sock, Handler: f}, os.Getuid(), cniapi.ServerBudget)
 	a := example()
 	a.Interfaces[0].Addrs = []netip.Addr{netip.MustParseAddr("::ffff:10.1.0.5")}
-	if err := NewClient(sock).Add(t.Context(), a); err != nil {
+	if err := cniapi.NewClient(cniapi.ClientOptions{Socket: sock}).Add(t.Context(), a); err != nil {
 		t.Fatal(err)
 	}
 	if got := f.last.Interfaces[0].Addrs[0]; got != netip.MustParseAddr("10.1.0.5") {
@@ -413,14 +427,14 @@ func TestRunFinishesRequestsUnderWay(t *testing.T) {
 		return nil
 	}}
 	sock := socket(t)
-	s, err := newServer(ServerOptions{Socket: sock, Handler: f}, uint32(os.Getuid()), serverBudget)
+	s, err := newServer(Options{Socket: sock, Handler: f}, uint32(os.Getuid()), cniapi.ServerBudget)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	ran, added := make(chan error, 1), make(chan error, 1)
 	go func() { ran <- s.Run(ctx) }()
-	go func() { added <- NewClient(sock).Add(t.Context(), example()) }()
+	go func() { added <- cniapi.NewClient(cniapi.ClientOptions{Socket: sock}).Add(t.Context(), example()) }()
 	<-entered
 	cancel()
 	close(leave)
@@ -446,7 +460,7 @@ func FuzzDecode(f *testing.F) {
 			}
 			return
 		}
-		a, err := decodeAttachment(bytes.NewReader(data), verbAdd)
+		a, err := decodeAttachment(bytes.NewReader(data), cniapi.VerbAdd)
 		if err != nil {
 			return
 		}
@@ -461,4 +475,59 @@ func FuzzDecode(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestSaysAlive: whoever asks for it hears of work that takes long, and nobody else;
+// the budget that ends other requests does not end that work.
+func TestSaysAlive(t *testing.T) {
+	const budget = 300 * time.Millisecond
+	for name, tc := range map[string]struct{ header, want string }{
+		"asked for": {cniapi.AliveHeader + ": 1s\r\n", "HTTP/1.0 102 Processing"},
+		"not":       {"", "HTTP/1.0 504 Gateway Timeout"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := &fake{do: func(ctx context.Context) error {
+				select {
+				case <-ctx.Done():
+					return ctx.Err()
+				case <-time.After(3 * budget):
+					return nil
+				}
+			}}
+			s, err := newServer(Options{Socket: socket(t), Handler: f}, uint32(os.Getuid()), budget)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.alive = budget / 3
+			ctx, cancel := context.WithCancel(t.Context())
+			done := make(chan error, 1)
+			go func() { done <- s.Run(ctx) }()
+			defer func() {
+				cancel()
+				if err := <-done; err != nil {
+					t.Errorf("Run: %v", err)
+				}
+			}()
+			conn, err := net.Dial("unix", s.o.Socket)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = conn.Close() }()
+			body, err := json.Marshal(example())
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(conn, "POST %s HTTP/1.0\r\nHost: agent\r\n%sContent-Length: %d\r\n\r\n%s", cniapi.Path(cniapi.VerbAdd), tc.header, len(body), body)
+			answer, err := io.ReadAll(conn)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.HasPrefix(string(answer), tc.want) {
+				t.Errorf("answer begins with %.60q, want %q", answer, tc.want)
+			}
+			if tc.header != "" && !strings.Contains(string(answer), "\r\n\r\nHTTP/1.0 200 OK\r\n") {
+				t.Errorf("answer ends without success: %q", answer)
+			}
+		})
+	}
 }

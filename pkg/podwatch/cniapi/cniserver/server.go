@@ -1,4 +1,4 @@
-package cniapi
+package cniserver
 
 import (
 	"context"
@@ -13,16 +13,18 @@ import (
 	"runtime/debug"
 	"syscall"
 	"time"
+
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
 )
 
-// ServerOptions configure a Server.
-type ServerOptions struct {
-	// Socket is the path to listen on; empty means DefaultSocket. Its directory
+// Options configure a Server.
+type Options struct {
+	// Socket is the path to listen on; empty means cniapi.DefaultSocket. Its directory
 	// is made (0755) if it is missing; one that everybody may write to is
 	// refused.
 	Socket string
 	// Handler answers the requests. Required.
-	Handler Handler
+	Handler cniapi.Handler
 	// Log is told of requests that fail; nil discards.
 	Log *slog.Logger
 	// Observe, if not nil, is called after every request with its verb ("add",
@@ -34,24 +36,25 @@ type ServerOptions struct {
 
 // A Server answers the CNI plugin on a unix socket.
 type Server struct {
-	o  ServerOptions
+	o  Options
 	ln net.Listener
 	// uid is whom the server answers.
 	uid uint32
-	// budget bounds one request.
-	budget time.Duration
+	// budget bounds one request, but for one that is told every so often that it is
+	// worked on.
+	budget, alive time.Duration
 }
 
-// NewServer listens on the socket in place of whoever did before. Requests wait
+// New listens on the socket in place of whoever did before. Requests wait
 // from then on, until Run answers them.
-func NewServer(o ServerOptions) (*Server, error) { return newServer(o, 0, serverBudget) }
+func New(o Options) (*Server, error) { return newServer(o, 0, cniapi.ServerBudget) }
 
-func newServer(o ServerOptions, uid uint32, budget time.Duration) (*Server, error) {
+func newServer(o Options, uid uint32, budget time.Duration) (*Server, error) {
 	if o.Handler == nil {
 		return nil, errors.New("listen for the CNI plugin: no handler")
 	}
 	if o.Socket == "" {
-		o.Socket = DefaultSocket
+		o.Socket = cniapi.DefaultSocket
 	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
@@ -63,7 +66,7 @@ func newServer(o ServerOptions, uid uint32, budget time.Duration) (*Server, erro
 	if err != nil {
 		return nil, fmt.Errorf("listen for the CNI plugin on %s: %w", o.Socket, err)
 	}
-	return &Server{o: o, ln: ln, uid: uid, budget: budget}, nil
+	return &Server{o: o, ln: ln, uid: uid, budget: budget, alive: cniapi.AliveInterval}, nil
 }
 
 // listen binds a temporary name and renames it: at no time is there a socket
@@ -136,8 +139,8 @@ func (s *Server) Run(ctx context.Context) error {
 
 func (s *Server) handler() http.Handler {
 	mux := http.NewServeMux()
-	attachment := func(verb string, do func(context.Context, Attachment) error) {
-		mux.Handle("POST "+path(verb), s.serve(verb, func(r *http.Request) error {
+	attachment := func(verb string, do func(context.Context, cniapi.Attachment) error) {
+		mux.Handle("POST "+cniapi.Path(verb), s.serve(verb, func(r *http.Request) error {
 			a, err := decodeAttachment(r.Body, verb)
 			if err != nil {
 				return badRequest{err}
@@ -146,17 +149,17 @@ func (s *Server) handler() http.Handler {
 		}))
 	}
 	h := s.o.Handler
-	attachment(verbAdd, h.Add)
-	attachment(verbDel, h.Del)
-	attachment(verbCheck, h.Check)
-	mux.Handle("POST "+path(verbGC), s.serve(verbGC, func(r *http.Request) error {
+	attachment(cniapi.VerbAdd, h.Add)
+	attachment(cniapi.VerbDel, h.Del)
+	attachment(cniapi.VerbCheck, h.Check)
+	mux.Handle("POST "+cniapi.Path(cniapi.VerbGC), s.serve(cniapi.VerbGC, func(r *http.Request) error {
 		req, err := decodeGC(r.Body)
 		if err != nil {
 			return badRequest{err}
 		}
 		return h.GC(r.Context(), req.Network, req.Valid)
 	}))
-	mux.Handle("GET "+path(verbStatus), s.serve(verbStatus, func(r *http.Request) error {
+	mux.Handle("GET "+cniapi.Path(cniapi.VerbStatus), s.serve(cniapi.VerbStatus, func(r *http.Request) error {
 		return h.Status(r.Context())
 	}))
 	mux.Handle("/", s.serve("other", func(r *http.Request) error {
@@ -174,15 +177,25 @@ func (e badRequest) Unwrap() error { return e.error }
 func (s *Server) serve(verb string, do func(*http.Request) error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		start := time.Now()
-		ctx, cancel := context.WithTimeout(r.Context(), s.budget)
+		budget, end := s.budget, func() {}
+		if r.Header.Get(cniapi.AliveHeader) != "" {
+			budget, end = cniapi.ServerWorkBudget, s.saysAlive(w)
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), budget)
 		defer cancel()
 		r = r.WithContext(ctx)
-		r.Body = http.MaxBytesReader(w, r.Body, maxRequest)
+		r.Body = http.MaxBytesReader(w, r.Body, cniapi.MaxMessage)
 
-		code, a := http.StatusOK, answer{}
-		if err := s.do(verb, r, do); err != nil {
+		code, a := http.StatusOK, cniapi.Answer{}
+		err := s.do(verb, r, do)
+		end()
+		if err != nil {
 			code, a.Error = status(err), err.Error()
-			s.o.Log.Warn("CNI request is refused", "verb", verb, "code", code, "err", err)
+			level := slog.LevelWarn
+			if verb == cniapi.VerbStatus {
+				level = slog.LevelDebug // asked many times while the agent starts
+			}
+			s.o.Log.Log(ctx, level, "CNI request is refused", "verb", verb, "code", code, "err", err)
 		}
 		w.Header().Set("Content-Type", "application/json")
 		w.WriteHeader(code)
@@ -190,6 +203,29 @@ func (s *Server) serve(verb string, do func(*http.Request) error) http.Handler {
 		_ = json.NewEncoder(w).Encode(a)
 		s.o.Observe(verb, code, time.Since(start))
 	})
+}
+
+// saysAlive writes interim responses until end is called: whoever asked waits for as
+// long as there is work.
+func (s *Server) saysAlive(w http.ResponseWriter) (end func()) {
+	stop, stopped := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(stopped)
+		tick := time.NewTicker(s.alive)
+		defer tick.Stop()
+		control := http.NewResponseController(w)
+		for {
+			select {
+			case <-stop:
+				return
+			case <-tick.C:
+			}
+			// A plugin that has gone shows when the answer is written.
+			_ = control.SetWriteDeadline(time.Now().Add(2 * s.budget))
+			w.WriteHeader(http.StatusProcessing)
+		}
+	}()
+	return func() { close(stop); <-stopped }
 }
 
 func (s *Server) do(verb string, r *http.Request, do func(*http.Request) error) (err error) {
