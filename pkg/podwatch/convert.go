@@ -1,6 +1,7 @@
 package podwatch
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
@@ -18,6 +19,9 @@ import (
 // The functions of this file take objects that are valid, because an API
 // server or validate.go checked them, and are total: what cannot be expressed
 // is left out, never guessed.
+
+// configHashAnnotation is where kubelet writes the UID of a static pod.
+const configHashAnnotation = "kubernetes.io/config.hash"
 
 func convertMeta(kind Kind, m *metav1.ObjectMeta) Meta {
 	out := Meta{
@@ -44,6 +48,10 @@ func derivedUID(k Key) string {
 	return fmt.Sprintf("%x-%x-%x-%x-%x", h[0:4], h[4:6], h[6:8], h[8:10], h[10:16])
 }
 
+func convertNode(in *corev1.Node) *Node {
+	return &Node{Meta: convertMeta(KindNode, &in.ObjectMeta), Zone: in.Labels[corev1.LabelTopologyZone]}
+}
+
 func convertNamespace(in *corev1.Namespace) *Namespace {
 	return &Namespace{Meta: convertMeta(KindNamespace, &in.ObjectMeta)}
 }
@@ -54,7 +62,13 @@ func convertPod(in *corev1.Pod) *Pod {
 		Node:           in.Spec.NodeName,
 		HostNetwork:    in.Spec.HostNetwork,
 		ServiceAccount: in.Spec.ServiceAccountName,
+		Workload:       workloadOf(in),
 		Finished:       in.Status.Phase == corev1.PodSucceeded || in.Status.Phase == corev1.PodFailed,
+	}
+	out.RuntimeUID = out.UID
+	if _, mirror := in.Annotations[corev1.MirrorPodAnnotationKey]; mirror {
+		// What the API server has of a static pod is a copy with a UID of its own.
+		out.RuntimeUID = cmp.Or(in.Annotations[configHashAnnotation], out.UID)
 	}
 	if out.ServiceAccount == "" {
 		out.ServiceAccount = "default" // as the API server's admission sets it
@@ -62,11 +76,11 @@ func convertPod(in *corev1.Pod) *Pod {
 	for i := range in.Spec.InitContainers {
 		c := &in.Spec.InitContainers[i]
 		if c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways {
-			out.Containers = append(out.Containers, convertContainer(c))
+			out.Containers = append(out.Containers, convertContainer(&in.Spec, c))
 		}
 	}
 	for i := range in.Spec.Containers {
-		out.Containers = append(out.Containers, convertContainer(&in.Spec.Containers[i]))
+		out.Containers = append(out.Containers, convertContainer(&in.Spec, &in.Spec.Containers[i]))
 	}
 	for _, ip := range in.Status.PodIPs {
 		out.Addrs = appendAddr(out.Addrs, ip.IP)
@@ -90,8 +104,14 @@ func readyCondition(p *corev1.Pod) *corev1.PodCondition {
 	return nil
 }
 
-func convertContainer(in *corev1.Container) Container {
+func convertContainer(pod *corev1.PodSpec, in *corev1.Container) Container {
 	out := Container{Name: in.Name}
+	switch c, p := in.SecurityContext, pod.SecurityContext; {
+	case c != nil && c.RunAsUser != nil:
+		out.User = *c.RunAsUser
+	case p != nil && p.RunAsUser != nil:
+		out.User = *p.RunAsUser
+	}
 	for _, p := range in.Ports {
 		if isTCP(p.Protocol) {
 			out.Ports = append(out.Ports, ContainerPort{Name: p.Name, Port: port(p.ContainerPort)})
@@ -172,6 +192,14 @@ func convertSlice(in *discoveryv1.EndpointSlice) *EndpointSlice {
 		}
 		if r := e.TargetRef; r != nil && r.Kind == string(KindPod) && (r.Namespace == "" || r.Namespace == in.Namespace) {
 			ep.Pod = r.Name
+		}
+		if h := e.Hints; h != nil {
+			for _, z := range h.ForZones {
+				ep.ForZones = append(ep.ForZones, z.Name)
+			}
+			for _, n := range h.ForNodes {
+				ep.ForNodes = append(ep.ForNodes, n.Name)
+			}
 		}
 		if len(ep.Addrs) > 0 {
 			out.Endpoints = append(out.Endpoints, ep)

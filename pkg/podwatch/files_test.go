@@ -354,7 +354,7 @@ func TestPodAddrs(t *testing.T) {
 	endpoints("web-derived-v4 =80 [10.1.0.1] a@this serving terminating")
 	w.files.SetPodAddrs("shop", "a", nil)
 	endpoints()
-	p, err := w.store.WaitPod(t.Context(), "shop", "a")
+	p, err := w.store.WaitPod(t.Context(), "shop", "a", "")
 	if err != nil || !p.Terminating || p.Ready || p.Node != "this" {
 		t.Errorf("WaitPod = %+v, %v", p, err)
 	}

@@ -10,6 +10,7 @@ type Kind string
 
 // The kinds that a Store holds.
 const (
+	KindNode          Kind = "Node"
 	KindNamespace     Kind = "Namespace"
 	KindPod           Kind = "Pod"
 	KindService       Kind = "Service"
@@ -17,7 +18,7 @@ const (
 	KindHTTPRoute     Kind = "HTTPRoute"
 )
 
-// A Key names one object. Namespace is empty for a Namespace.
+// A Key names one object. Namespace is empty for a Namespace and a Node.
 type Key struct {
 	Kind            Kind
 	Namespace, Name string
@@ -38,15 +39,26 @@ type Meta struct {
 	Terminating bool
 }
 
+// A Node is a Kubernetes Node.
+type Node struct {
+	Meta
+	// Zone is the label topology.kubernetes.io/zone, empty if it has none.
+	Zone string
+}
+
 // A Namespace is a Kubernetes Namespace.
 type Namespace struct{ Meta }
 
 // A Pod is a Kubernetes Pod.
 type Pod struct {
 	Meta
+	// RuntimeUID is the UID that kubelet, runtime and CNI know the pod by. It is
+	// Meta.UID, but for a static pod that of its file.
+	RuntimeUID     string
 	Node           string
 	HostNetwork    bool
 	ServiceAccount string
+	Workload       Workload
 	// Containers are the containers, init containers that restart (native
 	// sidecars) included.
 	Containers []Container
@@ -62,6 +74,9 @@ type Pod struct {
 type Container struct {
 	Name  string
 	Ports []ContainerPort
+	// User is the user ID that the pod says it runs as; 0 if it says none, which
+	// leaves that to the image, or says root.
+	User int64
 }
 
 // A ContainerPort is a TCP port that a container declares.
@@ -119,6 +134,9 @@ type Endpoint struct {
 	Terminating bool
 	Node        string
 	Zone        string
+	// ForZones and ForNodes are the hints: where this endpoint is best used
+	// from. Empty if there is no hint.
+	ForZones, ForNodes []string
 	// Pod is the pod's name, if the target is a pod of the same namespace.
 	Pod string
 }
@@ -192,6 +210,9 @@ type HTTPBackend struct {
 	// Unsupported is as in HTTPRouteRule, for this backend's share.
 	Unsupported string
 }
+
+// Key implements Object.
+func (o *Node) Key() Key { return Key{Kind: KindNode, Name: o.Name} }
 
 // Key implements Object.
 func (o *Namespace) Key() Key { return Key{Kind: KindNamespace, Name: o.Name} }

@@ -62,6 +62,9 @@ type decoded struct {
 // readers has all kinds that the file source knows; the next one is one entry.
 func readers() map[typeMeta]reader {
 	return map[typeMeta]reader{
+		{"v1", "Node"}: readAs(false, validateNode, nil, func(in *corev1.Node) decoded {
+			return decoded{object: convertNode(in)}
+		}),
 		{"v1", "Namespace"}: readAs(false, validateNamespace, nil, func(in *corev1.Namespace) decoded {
 			return decoded{object: convertNamespace(in)}
 		}),

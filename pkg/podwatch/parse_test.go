@@ -48,7 +48,7 @@ func TestParseGood(t *testing.T) {
 					Labels:      map[string]string{"app": "details", "built": "2026-01-01"},
 					Annotations: map[string]string{"sluice.dev/exclude-outbound-ports": "3306"},
 				},
-				Node: "n1", ServiceAccount: "details", Ready: true,
+				RuntimeUID: "fixed", Node: "n1", ServiceAccount: "details", Ready: true,
 				Containers: []Container{{Name: "sluice-proxy"}, {Name: "app", Ports: []ContainerPort{{"web", 9080}}}},
 				Addrs:      []netip.Addr{addr("10.1.0.4"), addr("fd00:1::4")},
 			},
@@ -70,6 +70,29 @@ func TestParseGood(t *testing.T) {
 					{Addrs: []netip.Addr{addr("192.0.2.1")}, Ready: true, Serving: true},
 					{Addrs: []netip.Addr{addr("192.0.2.2")}, Serving: true, Terminating: true, Node: "n2", Zone: "z", Pod: "p"},
 				},
+			},
+		},
+		"good/zones.yaml": {
+			&Node{Meta: Meta{Name: "n1", UID: "fixed", Labels: map[string]string{"topology.kubernetes.io/zone": "north"}}, Zone: "north"},
+			&Node{Meta: Meta{Name: "n2.example.org", UID: "fixed"}},
+			&EndpointSlice{
+				Meta: Meta{
+					Namespace: "default", Name: "web-1", UID: "fixed",
+					Labels: map[string]string{"kubernetes.io/service-name": "web"},
+				},
+				Service: "web",
+				Ports:   []EndpointPort{{Port: 80}},
+				Endpoints: []Endpoint{{
+					Addrs: []netip.Addr{addr("192.0.2.1")}, Ready: true, Serving: true, Zone: "north",
+					ForZones: []string{"north", "south"}, ForNodes: []string{"n1"},
+				}},
+			},
+			&Pod{
+				Meta: Meta{
+					Namespace: "default", Name: "dns-n1", UID: "a1",
+					Annotations: map[string]string{"kubernetes.io/config.mirror": "c0ffee", "kubernetes.io/config.hash": "c0ffee"},
+				},
+				RuntimeUID: "c0ffee", Node: "n1", ServiceAccount: "default", Containers: []Container{{Name: "dns"}},
 			},
 		},
 		"good/route.yaml": {
@@ -112,7 +135,7 @@ func TestParseGood(t *testing.T) {
 				got = append(got, d.object)
 			}
 			// Where no UID is given any will do, as long as there is one; TestDerivedUID looks at them.
-			uid := cmp.FilterPath(func(p cmp.Path) bool { return p.Last().String() == ".UID" },
+			uid := cmp.FilterPath(func(p cmp.Path) bool { return strings.HasSuffix(p.Last().String(), "UID") },
 				cmp.Comparer(func(a, b string) bool { return a == b || a == "fixed" && b != "" || b == "fixed" && a != "" }))
 			if diff := cmp.Diff(objects, got, equateAddrs, uid); diff != "" {
 				t.Errorf("objects (-want +got):\n%s", diff)

@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -40,6 +41,8 @@ type Store struct {
 	quiet, maxDelay time.Duration
 	synced          chan struct{}
 	syncOnce        sync.Once
+	// clusterUIDs is set by a source whose UIDs are those that the runtime has.
+	clusterUIDs atomic.Bool
 	// changed has room for one signal: that pending is not empty.
 	changed chan struct{}
 
@@ -242,6 +245,8 @@ func Get[T Object](s *Store, namespace, name string) (T, bool) {
 
 func kindOf(o Object) Kind {
 	switch o.(type) {
+	case *Node:
+		return KindNode
 	case *Namespace:
 		return KindNamespace
 	case *Pod:
@@ -337,31 +342,52 @@ func (s *Store) ServicesSelecting(p *Pod) []*Service {
 	return s.selectors.selecting(p.Namespace, p.Labels)
 }
 
-// WaitPod returns a pod as soon as the Store has it. The error names the pod
-// and wraps that of ctx.
-func (s *Store) WaitPod(ctx context.Context, namespace, name string) (*Pod, error) {
+// WaitPod returns a pod as soon as the Store has it. uid is what the runtime
+// knows the pod by: a pod of the same name with another UID, the one before or
+// after it, is not it (see IsPod). The error names the pod and wraps that of ctx.
+func (s *Store) WaitPod(ctx context.Context, namespace, name, uid string) (*Pod, error) {
 	for {
 		p, updated := s.podOrNext(namespace, name)
-		if p != nil {
+		if p != nil && s.IsPod(p, uid) {
 			return p, nil
 		}
 		select {
 		case <-ctx.Done():
+			if p != nil {
+				return nil, fmt.Errorf("wait for pod %s/%s with UID %s: the source knows only one with UID %s: %w", namespace, name, uid, p.RuntimeUID, ctx.Err())
+			}
 			return nil, fmt.Errorf("wait for pod %s/%s: not known to the source: %w", namespace, name, ctx.Err())
 		case <-updated:
 		}
 	}
 }
 
-// podOrNext returns the pod, or a channel that is closed at the next change.
+// IsPod says whether p is the pod that the runtime knows by this UID. It is if
+// the runtime tells none, or if the source's UIDs are not the cluster's: then
+// only the name can tell.
+func (s *Store) IsPod(p *Pod, uid string) bool {
+	return uid == "" || !s.clusterUIDs.Load() || uid == p.RuntimeUID || uid == p.UID
+}
+
+// podOrNext returns the pod, nil if there is none, and a channel that is closed
+// at the next change.
 func (s *Store) podOrNext(namespace, name string) (*Pod, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if p, ok := s.objects[KindPod][nsName{namespace, name}].(*Pod); ok {
-		return p, nil
-	}
+	p, _ := s.objects[KindPod][nsName{namespace, name}].(*Pod)
 	if s.updated == nil {
 		s.updated = make(chan struct{})
 	}
-	return nil, s.updated
+	return p, s.updated
+}
+
+// keys returns the keys of all objects of a kind, in no order.
+func (s *Store) keys(kind Kind) []Key {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	keys := make([]Key, 0, len(s.objects[kind]))
+	for n := range s.objects[kind] {
+		keys = append(keys, Key{kind, n.namespace, n.name})
+	}
+	return keys
 }

@@ -222,15 +222,63 @@ func TestWaitPod(t *testing.T) {
 			}
 		}()
 		start := time.Now()
-		p, err := s.WaitPod(ctx, "shop", "web")
+		p, err := s.WaitPod(ctx, "shop", "web", "0b6f")
 		if took := time.Since(start); err != nil || p.Name != "web" || took != 300*time.Millisecond {
 			t.Errorf("WaitPod = %v, %v after %v, want web after 300ms", p, err, took)
 		}
-		_, err = s.WaitPod(ctx, "shop", "never")
+		_, err = s.WaitPod(ctx, "shop", "never", "")
 		if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "pod shop/never") {
 			t.Errorf("WaitPod: %v, want a deadline that names the pod", err)
 		}
 	})
+}
+
+// TestWaitPodUID: a pod that is made again under its name is another pod, if the
+// source can tell.
+func TestWaitPodUID(t *testing.T) {
+	for name, tc := range map[string]struct {
+		cluster bool
+		want    string
+		after   time.Duration
+	}{
+		"UIDs of the cluster": {true, "new", 200 * time.Millisecond},
+		"any other UIDs":      {false, "old", 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := NewStore(StoreOptions{})
+				s.clusterUIDs.Store(tc.cluster)
+				put := func(uid, runtimeUID string) {
+					s.Update(put(&Pod{Meta: Meta{Namespace: "shop", Name: "web-0", UID: uid}, RuntimeUID: runtimeUID}))
+				}
+				put("a", "old")
+				go func() {
+					time.Sleep(100 * time.Millisecond)
+					s.Update([]Change{{Key: Key{KindPod, "shop", "web-0"}}})
+					time.Sleep(100 * time.Millisecond)
+					put("b", "new")
+				}()
+				ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+				defer cancel()
+				start := time.Now()
+				p, err := s.WaitPod(ctx, "shop", "web-0", "new")
+				if took := time.Since(start); err != nil || p.RuntimeUID != tc.want || took != tc.after {
+					t.Errorf("WaitPod = %+v, %v after %v, want %s after %v", p, err, took, tc.want, tc.after)
+				}
+				if !tc.cluster {
+					time.Sleep(time.Second)
+					return
+				}
+				if _, err := s.WaitPod(ctx, "shop", "web-0", "b"); err != nil {
+					t.Errorf("WaitPod: %v, want the pod by its UID in the API as well", err)
+				}
+				_, err = s.WaitPod(ctx, "shop", "web-0", "old")
+				if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "shop/web-0 with UID old") || !strings.Contains(err.Error(), "UID new") {
+					t.Errorf("WaitPod: %v, want a deadline that names both UIDs", err)
+				}
+			})
+		})
+	}
 }
 
 func TestSynced(t *testing.T) {

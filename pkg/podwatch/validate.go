@@ -85,6 +85,12 @@ func (c *check) meta(m *metav1.ObjectMeta, namespaced bool, name func(string) []
 	}
 }
 
+func validateNode(in *corev1.Node) field.ErrorList {
+	var c check
+	c.meta(&in.ObjectMeta, false, validation.IsDNS1123Subdomain)
+	return c.errs
+}
+
 func validateNamespace(in *corev1.Namespace) field.ErrorList {
 	var c check
 	c.meta(&in.ObjectMeta, false, validation.IsDNS1123Label)
@@ -227,6 +233,7 @@ func validateSlice(in *discoveryv1.EndpointSlice) field.ErrorList {
 		c.protocol(at.Child("protocol"), deref(p.Protocol, ""))
 	}
 	for i, e := range in.Endpoints {
+		c.hints(field.NewPath("endpoints").Index(i).Child("hints"), e.Hints)
 		at := field.NewPath("endpoints").Index(i).Child("addresses")
 		c.required(at, len(e.Addresses) == 0)
 		for j, s := range e.Addresses {
@@ -241,6 +248,32 @@ func validateSlice(in *discoveryv1.EndpointSlice) field.ErrorList {
 		}
 	}
 	return c.errs
+}
+
+// maxHints is how many hints of one sort the API server lets an endpoint have.
+const maxHints = 8
+
+func (c *check) hints(at *field.Path, h *discoveryv1.EndpointHints) {
+	if h == nil {
+		return
+	}
+	zones, nodes := at.Child("forZones"), at.Child("forNodes")
+	if len(h.ForZones) > maxHints {
+		c.errs = append(c.errs, field.TooMany(zones, len(h.ForZones), maxHints))
+	}
+	if len(h.ForNodes) > maxHints {
+		c.errs = append(c.errs, field.TooMany(nodes, len(h.ForNodes), maxHints))
+	}
+	for i, z := range h.ForZones {
+		if at := zones.Index(i).Child("name"); c.required(at, z.Name == "") {
+			c.all(at, z.Name, content.IsLabelValue(z.Name))
+		}
+	}
+	for i, n := range h.ForNodes {
+		if at := nodes.Index(i).Child("name"); c.required(at, n.Name == "") {
+			c.all(at, n.Name, validation.IsDNS1123Subdomain(n.Name))
+		}
+	}
 }
 
 func validateRoute(in *gatewayv1.HTTPRoute) field.ErrorList {
