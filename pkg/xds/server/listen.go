@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -14,6 +15,10 @@ import (
 // maxConns is the number of connections that one pod may have: an Envoy has
 // one, and two during a hot restart.
 const maxConns = 8
+
+// refusedEvery is how often Options.Refused is told of one pod. Any process of
+// the pod can be refused as often as it likes, and who is told has work to do.
+const refusedEvery = time.Second
 
 // A socket is the listening socket of one pod and what was accepted from it.
 type socket struct {
@@ -26,6 +31,7 @@ type socket struct {
 	proxyUID uint32
 	conns    map[*conn]struct{}
 	warned   bool
+	told     time.Time // when Options.Refused was last called
 	closed   bool
 }
 
@@ -189,6 +195,10 @@ func (k *socket) admit(uc *net.UnixConn) *conn {
 		return c
 	}
 	k.s.metrics.refused.WithLabelValues(reason).Inc()
+	if reason == "uid" && k.s.opts.Refused != nil && time.Since(k.told) >= refusedEvery {
+		k.told = time.Now()
+		k.s.opts.Refused(k.uid)
+	}
 	if !k.warned {
 		k.warned = true
 		args := []any{"pod_uid", k.uid, "reason", reason, "proxy_uid", k.proxyUID}

@@ -40,6 +40,10 @@ type Options struct {
 	// exist; false, as nil, answers that it does not exist. Envoy waits for
 	// endpoints and routes until it is answered, and ignores that answer.
 	Empty func(typeURL, name string) (xds.Resource, bool)
+	// Refused, if not nil, is told that connections to the socket of the pod uid
+	// are refused because of their user, at most once a second for each pod. It
+	// must return at once.
+	Refused func(uid string)
 }
 
 // A Pod names a pod and says what it sees.

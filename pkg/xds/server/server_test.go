@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -810,6 +811,34 @@ func TestNamesAreBounded(t *testing.T) {
 	}
 	if status.Code(c.err) != codes.ResourceExhausted {
 		t.Errorf("stream ended with %v", c.err)
+	}
+}
+
+// TestRefusedIsToldAtTimes: a process that is refused in a loop makes no work for
+// who is told of it, but is told of again.
+func TestRefusedIsToldAtTimes(t *testing.T) {
+	var told atomic.Int64
+	r := start(t, Options{Refused: func(string) { told.Add(1) }}).ready()
+	name := r.socketOf("a")
+	if err := r.Open("a", "", uint32(os.Geteuid())+1); err != nil {
+		t.Fatal(err)
+	}
+	begin, refused := time.Now(), 0
+	for told.Load() < 2 {
+		if time.Since(begin) > patience {
+			t.Fatalf("told %d times of %d connections", told.Load(), refused)
+		}
+		c, err := net.Dial("unix", name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetDeadline(time.Now().Add(patience))
+		_, _ = c.Read(make([]byte, 1)) // ends when it is refused
+		_ = c.Close()
+		refused++
+	}
+	if took := time.Since(begin); took < refusedEvery/2 || refused < 3 {
+		t.Errorf("told twice within %v, of %d connections", took, refused)
 	}
 }
 

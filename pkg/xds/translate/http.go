@@ -145,24 +145,25 @@ func httpFilter(m *hcmv3.HttpConnectionManager) (*listenerv3.Filter, error) {
 	return &listenerv3.Filter{Name: "http", ConfigType: &listenerv3.Filter_TypedConfig{TypedConfig: config}}, nil
 }
 
-// unsentHeader marks a response with which a sidecar says that its application
-// never saw the request. The client's sidecar may then try again, and takes
-// the header away.
-const unsentHeader = "x-sluice-unsent"
+// repeatableHeader marks a response with which a sidecar says that its
+// application did not answer and that another one may be asked the same. The
+// client's sidecar does that, and takes the header away.
+const repeatableHeader = "x-sluice-repeatable"
 
-// retries are those that cannot make an application see a request twice:
+// retries are those that do no harm, because no application has seen the
+// request, or because it is idempotent:
 //
 //   - connect-failure: there was no connection
 //   - refused-stream: HTTP/2 promises that it was not processed, RFC 9113, 8.7
 //   - reset-before-request: the connection ended before the headers were sent
-//   - retriable-headers: the other sidecar had no connection to its application
+//   - retriable-headers: the other sidecar says so, see repeatableReply
 func (t *Translator) retries() *routev3.RetryPolicy {
 	return &routev3.RetryPolicy{
 		RetryOn:      "connect-failure,refused-stream,reset-before-request,retriable-headers",
 		NumRetries:   u32(3),
 		RetryBackOff: backOff(),
 		RetriableHeaders: []*routev3.HeaderMatcher{{
-			Name:                 unsentHeader,
+			Name:                 repeatableHeader,
 			HeaderMatchSpecifier: &routev3.HeaderMatcher_PresentMatch{PresentMatch: true},
 		}},
 		RetryHostPredicate: []*routev3.RetryPolicy_RetryHostPredicate{{

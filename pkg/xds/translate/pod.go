@@ -11,6 +11,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 
 	"github.com/sluicemesh/sluice/pkg/xds"
 )
@@ -64,7 +65,7 @@ func (t *Translator) inboundResources(out *list, p xds.Pod, port xds.InboundPort
 	}
 	name := InboundName(port.Port)
 	http := t.hcm(corev3.TrafficDirection_INBOUND, "localhost")
-	http.LocalReplyConfig = unsentReply()
+	http.LocalReplyConfig = repeatableReply()
 	http.RouteSpecifier = &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: inboundRoutes(name)}
 	addrs := make([]netip.AddrPort, len(p.Addrs))
 	for i, a := range p.Addrs {
@@ -108,15 +109,36 @@ func inboundRoutes(cluster string) *routev3.RouteConfiguration {
 	}
 }
 
-// unsentReply marks the answer that Envoy gives when it has no connection to
-// the application; see unsentHeader.
-func unsentReply() *hcmv3.LocalReplyConfig {
-	return &hcmv3.LocalReplyConfig{Mappers: []*hcmv3.ResponseMapper{{
-		Filter: &accesslogv3.AccessLogFilter{
-			FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
-				ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{"UF"}},
-			},
-		},
-		HeadersToAdd: []*corev3.HeaderValueOption{setHeader(unsentHeader, "1")},
-	}}}
+// repeatableReply marks the answers that Envoy gives in place of an application
+// when the request may be sent to another one; see repeatableHeader.
+//
+//   - UF: there was no connection.
+//   - UC: the application closed the connection before it answered, as it does
+//     with idle ones when it ends, just when the next request was on its way. It
+//     may have seen the request, so only idempotent ones are marked (RFC 9110,
+//     9.2.2: a proxy may repeat these).
+func repeatableReply() *hcmv3.LocalReplyConfig {
+	mark := []*corev3.HeaderValueOption{setHeader(repeatableHeader, "1")}
+	closed := &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_AndFilter{
+		AndFilter: &accesslogv3.AndFilter{Filters: []*accesslogv3.AccessLogFilter{
+			responseFlag("UC"),
+			{FilterSpecifier: &accesslogv3.AccessLogFilter_HeaderFilter{HeaderFilter: &accesslogv3.HeaderFilter{
+				Header: &routev3.HeaderMatcher{Name: ":method", HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{
+					StringMatch: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{
+						SafeRegex: &matcherv3.RegexMatcher{Regex: "GET|HEAD|OPTIONS|TRACE|PUT|DELETE"},
+					}},
+				}},
+			}}},
+		}},
+	}}
+	return &hcmv3.LocalReplyConfig{Mappers: []*hcmv3.ResponseMapper{
+		{Filter: responseFlag("UF"), HeadersToAdd: mark},
+		{Filter: closed, HeadersToAdd: mark},
+	}}
+}
+
+func responseFlag(flag string) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{
+		ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{Flags: []string{flag}},
+	}}
 }

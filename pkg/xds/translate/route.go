@@ -34,7 +34,7 @@ func (t *Translator) routes(name string, routes []xds.HTTPRoute) (*routev3.Route
 	host := &routev3.VirtualHost{
 		Name:                    name,
 		Domains:                 []string{"*"},
-		ResponseHeadersToRemove: []string{unsentHeader},
+		ResponseHeadersToRemove: []string{repeatableHeader},
 	}
 	table := &routev3.RouteConfiguration{
 		Name:         name,

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -34,6 +35,7 @@ const (
 	portV2      = 85
 	portDead    = 86 // declared, nobody listens
 	portLeaving = 87 // endpoints: portHTTP's and portDead's
+	portClosing = 89 // closes every other connection instead of answering
 	portHTTP2   = 88
 )
 
@@ -65,7 +67,7 @@ func newEnv(t *testing.T, opts translate.Options) *env {
 	for port, protocol := range map[uint16]xds.Protocol{
 		portHTTP: xds.ProtocolHTTP, portAuto: xds.ProtocolAuto, portFirst: xds.ProtocolAuto, portTCP: xds.ProtocolTCP,
 		portRouted: xds.ProtocolHTTP, portV2: xds.ProtocolHTTP, portDead: xds.ProtocolHTTP, portLeaving: xds.ProtocolHTTP,
-		portHTTP2: xds.ProtocolHTTP2,
+		portHTTP2: xds.ProtocolHTTP2, portClosing: xds.ProtocolHTTP,
 	} {
 		sp := xds.ServicePort{Port: port, Protocol: protocol}
 		for _, a := range e.pod.Addrs()[:1] {
@@ -307,8 +309,8 @@ func TestTraffic(t *testing.T) {
 			if status != http.StatusOK {
 				t.Fatalf("request %d: %d %s", i, status, body)
 			}
-			if h.Get("x-sluice-unsent") != "" {
-				t.Fatal("x-sluice-unsent reaches the client")
+			if h.Get("x-sluice-repeatable") != "" {
+				t.Fatal("x-sluice-repeatable reaches the client")
 			}
 		}
 		// Both kinds of dead endpoint were met: with and without a sidecar.
@@ -322,9 +324,39 @@ func TestTraffic(t *testing.T) {
 			}
 		}
 	})
+	t.Run("closing", func(t *testing.T) {
+		var seen atomic.Int64
+		e.serveTCP(t, portClosing, func(c net.Conn) {
+			r, err := http.ReadRequest(bufio.NewReader(c))
+			if err != nil || seen.Add(1)%2 == 1 {
+				return
+			}
+			_, _ = fmt.Fprintf(c, "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s", len(r.Method), r.Method)
+		})
+		for method, want := range map[string]int{
+			"GET": http.StatusOK, "PUT": http.StatusOK, "POST": http.StatusServiceUnavailable, "PATCH": http.StatusServiceUnavailable,
+		} {
+			seen.Store(0)
+			r, err := http.NewRequestWithContext(t.Context(), method, "http://"+e.vip(0, portClosing)+"/", strings.NewReader("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := e.client(t, false).Do(r)
+			if err != nil {
+				t.Fatalf("%s: %v", method, err)
+			}
+			_ = resp.Body.Close()
+			if resp.StatusCode != want || resp.Header.Get("x-sluice-repeatable") != "" {
+				t.Errorf("%s: status %d, want %d; headers %v", method, resp.StatusCode, want, resp.Header)
+			}
+			if calls := seen.Load(); calls != map[int]int64{http.StatusOK: 2, http.StatusServiceUnavailable: 1}[want] {
+				t.Errorf("%s: the application saw %d requests", method, calls)
+			}
+		}
+	})
 	t.Run("dead", func(t *testing.T) {
 		status, _, h := e.get(t, e.client(t, false), "http://"+e.vip(0, portDead)+"/")
-		if status != http.StatusServiceUnavailable || h.Get("x-sluice-unsent") != "" {
+		if status != http.StatusServiceUnavailable || h.Get("x-sluice-repeatable") != "" {
 			t.Errorf("status %d, headers %v", status, h)
 		}
 	})
