@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"path/filepath"
 	"strings"
@@ -17,6 +18,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi/cniserver"
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
@@ -294,7 +296,12 @@ func TestAgentDown(t *testing.T) {
 	need.Root(t)
 	dir := build(t)
 	none := filepath.Join(t.TempDir(), "cni.sock")
-	silent := agent(t, &fake{hang: make(chan struct{})})
+	silent := filepath.Join(t.TempDir(), "silent.sock")
+	ln, err := net.Listen("unix", silent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = ln.Close() })
 
 	// The plugin alone, so that the time is its own.
 	for _, tc := range []struct{ name, socket, want string }{
@@ -367,7 +374,7 @@ func TestAgentRestarts(t *testing.T) {
 	if _, err := c.add(t, rt); err != nil {
 		t.Fatalf("ADD: %v", err)
 	}
-	s, err := cniapi.NewServer(cniapi.ServerOptions{Socket: socket, Handler: newer})
+	s, err := cniserver.New(cniserver.Options{Socket: socket, Handler: newer})
 	if err != nil {
 		t.Fatal(err)
 	}

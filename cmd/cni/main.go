@@ -22,13 +22,7 @@ import (
 // that): the agent answered that it cannot do what was asked.
 const codeRefused = 100
 
-func main() {
-	p := &plugin{
-		agent: func(socket string) cniapi.Handler { return cniapi.NewClient(socket) },
-		log:   slog.New(slog.NewTextHandler(os.Stderr, nil)),
-	}
-	os.Exit(p.run(os.Getenv("CNI_COMMAND"), os.Stdout))
-}
+func main() { os.Exit(newPlugin().run(os.Getenv("CNI_COMMAND"), os.Stdout)) }
 
 // A plugin answers one request.
 type plugin struct {
@@ -37,6 +31,14 @@ type plugin struct {
 	// result is what ADD prints, kept until nothing can fail any more: there
 	// must be one document on stdout.
 	result json.RawMessage
+}
+
+// newPlugin returns one that asks this node's agent.
+func newPlugin() *plugin {
+	return &plugin{
+		agent: func(socket string) cniapi.Handler { return cniapi.NewClient(cniapi.ClientOptions{Socket: socket}) },
+		log:   slog.New(slog.NewTextHandler(os.Stderr, nil)),
+	}
 }
 
 // run answers the request that is in the environment and on stdin.

@@ -19,10 +19,21 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi/cniserver"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
-func TestMain(m *testing.M) { os.Exit(netnstest.VerifyNoLeaks(m)) }
+func TestMain(m *testing.M) {
+	// tests/cnibench runs the tests' program as the plugin, to know how long that
+	// took from the inside.
+	if os.Getenv("SLUICE_CNI_TIMED") != "" {
+		started := time.Now()
+		code := newPlugin().run(os.Getenv("CNI_COMMAND"), os.Stdout)
+		fmt.Fprintf(os.Stderr, "inside %d\n", time.Since(started).Nanoseconds())
+		os.Exit(code)
+	}
+	os.Exit(netnstest.VerifyNoLeaks(m))
+}
 
 // build compiles the plugin into a directory of its own and returns that.
 func build(tb testing.TB) string {
@@ -44,8 +55,6 @@ type fake struct {
 	network string
 	valid   []cniapi.AttachmentID
 	err     error
-	// hang, if not nil, holds every request until it is closed.
-	hang chan struct{}
 }
 
 func (f *fake) note(verb string, a cniapi.Attachment) error {
@@ -70,33 +79,26 @@ func (f *fake) fail(err error) {
 	f.err = err
 }
 
-func (f *fake) wait(err error) error {
-	if f.hang != nil {
-		<-f.hang
-	}
-	return err
-}
-
-func (f *fake) Add(_ context.Context, a cniapi.Attachment) error { return f.wait(f.note("add", a)) }
-func (f *fake) Del(_ context.Context, a cniapi.Attachment) error { return f.wait(f.note("del", a)) }
+func (f *fake) Add(_ context.Context, a cniapi.Attachment) error { return f.note("add", a) }
+func (f *fake) Del(_ context.Context, a cniapi.Attachment) error { return f.note("del", a) }
 func (f *fake) Check(_ context.Context, a cniapi.Attachment) error {
-	return f.wait(f.note("check", a))
+	return f.note("check", a)
 }
 
 func (f *fake) Status(context.Context) error {
-	return f.wait(f.note("status", cniapi.Attachment{}))
+	return f.note("status", cniapi.Attachment{})
 }
 
 func (f *fake) GC(_ context.Context, network string, valid []cniapi.AttachmentID) error {
 	f.network, f.valid = network, valid
-	return f.wait(f.note("gc", cniapi.Attachment{}))
+	return f.note("gc", cniapi.Attachment{})
 }
 
 // agent serves f on a new socket, as the agent would.
-func agent(t *testing.T, f *fake) (socket string) {
+func agent(t testing.TB, f *fake) (socket string) {
 	t.Helper()
 	socket = filepath.Join(t.TempDir(), "run", "cni.sock")
-	s, err := cniapi.NewServer(cniapi.ServerOptions{Socket: socket, Handler: f})
+	s, err := cniserver.New(cniserver.Options{Socket: socket, Handler: f})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -104,9 +106,6 @@ func agent(t *testing.T, f *fake) (socket string) {
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
 	t.Cleanup(func() {
-		if f.hang != nil {
-			close(f.hang)
-		}
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("serve: %v", err)
@@ -224,6 +223,7 @@ func TestErrors(t *testing.T) {
 		{"gc before 1.1.0", strings.Replace(network(sock), "1.1.0", "1.0.0", 1), request("GC"), types.ErrIncompatibleCNIVersion, "config version does not allow GC"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel() // ADD and STATUS wait for the agent
 			c := execute(t, dir, tc.conf, tc.env...)
 			e := c.cniError(t)
 			if e.Code != tc.code || e.Msg != tc.msg {
@@ -343,7 +343,7 @@ func TestPanicIsACNIError(t *testing.T) {
 }
 
 // The plugin runs as root on every node, at every start of a pod: it must be
-// small and need no more than its socket.
+// small, start fast and need no more than its socket.
 func TestImports(t *testing.T) {
 	out, err := exec.CommandContext(t.Context(), "go", "list", "-deps", ".").Output()
 	if err != nil {
@@ -355,7 +355,7 @@ func TestImports(t *testing.T) {
 	}
 	const own = "github.com/sluicemesh/sluice/"
 	for _, dep := range deps {
-		for _, bad := range []string{"k8s.io/", "sigs.k8s.io/", "github.com/cilium/ebpf", "github.com/envoyproxy/", "google.golang.org/", "github.com/prometheus/", "github.com/vishvananda/netlink"} {
+		for _, bad := range []string{"k8s.io/", "sigs.k8s.io/", "github.com/cilium/ebpf", "github.com/envoyproxy/", "google.golang.org/", "github.com/prometheus/", "github.com/vishvananda/netlink", "net/http", "crypto/"} {
 			if strings.HasPrefix(dep, bad) {
 				t.Errorf("imports %s", dep)
 			}
@@ -388,6 +388,18 @@ func BenchmarkStartup(b *testing.B) {
 	dir := build(b)
 	for b.Loop() {
 		if c := execute(b, dir, "", "CNI_COMMAND=VERSION"); c.code != 0 {
+			b.Fatalf("%+v", c)
+		}
+	}
+}
+
+// BenchmarkADD is an ADD that the agent answers at once.
+func BenchmarkADD(b *testing.B) {
+	dir := build(b)
+	conf := network(fmt.Sprintf(`"socket":%q,"prevResult":%s`, agent(b, &fake{}), prev))
+	ns := netnstest.New(b, "pod")
+	for b.Loop() {
+		if c := execute(b, dir, conf, request("ADD", "CNI_NETNS="+ns.Netns)...); c.code != 0 {
 			b.Fatalf("%+v", c)
 		}
 	}
