@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sluicemesh/sluice/pkg/podwatch"
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/pkg/xds"
 	"github.com/sluicemesh/sluice/pkg/xds/server"
 )
@@ -40,9 +43,11 @@ type sidecarServer interface {
 	Status() []server.PodStatus
 }
 
-// An agent makes the node do what the source and CNI say. Everything that it
-// changes it changes from one goroutine, that of Run: other goroutines hand it
-// functions with call.
+// An agent makes the node do what the source and CNI say. All that it knows and
+// plans is under one lock, which call takes. What takes time, in the kernel above
+// all, happens with the lock released (outside) and in the sandbox's turn: one
+// operation on a sandbox never begins before another has come to its end, from
+// the plan to the note of what became of it.
 type agent struct {
 	log        *slog.Logger
 	store      *podwatch.Store
@@ -52,19 +57,42 @@ type agent struct {
 	sidecars   sidecarServer
 	// setPodAddrs tells the source which addresses CNI gave a pod.
 	setPodAddrs func(namespace, name string, addrs []netip.Addr)
+	// cutOff says whether the API server answers nobody just now.
+	cutOff   func() bool
+	reporter reporter
+	backend  backendChoice
+	find     finder // nil: all pods come through CNI
+	// hostUID tells what a user ID in a user namespace is on the node, see
+	// netns.HostUID.
+	hostUID func(userns uint64, uid uint32) (uint32, error)
+	// drain tells a sidecar that its pod is about to end; nil: nobody is told.
+	drain func(context.Context, proxyTarget) error
 
-	calls chan func()
+	// lock is held by whoever has sent to it; turns are taken before it.
+	lock  chan struct{}
+	turns redirect.Turns[string] // by container ID
+	// adding and removing bound how many sandboxes are worked on in the kernel at
+	// a time. They are two so that a burst of DELs leaves room for ADD.
+	adding, removing chan struct{}
 	// started is closed once the source was read and all was done about it.
 	started chan struct{}
 
-	// Owned by the goroutine of Run.
+	// Under the lock.
 	boxes *sandboxes
 	pods  map[string]*podState // by container ID
 	fed   map[podwatch.Key][]podwatch.Key
+	// background are errands of the loop and of those who ask the agent; they end
+	// with their context, and are waited for once nobody asks any more.
+	background sync.WaitGroup
+	adopting   bool
+	adopted    atomic.Int64
+	drained    struct{ told, failed atomic.Uint64 }
 
 	mu       sync.Mutex
 	problems map[string]string // by object, for /readyz and metrics
 	counts   podCounts
+	// sidecarsOf are the sidecars of redirected pods.
+	sidecarsOf []proxyTarget
 }
 
 // A podState is what the agent did for a sandbox.
@@ -72,6 +100,10 @@ type podState struct {
 	pod      *podwatch.Pod // as last seen: a pod may be deleted before its sandbox is
 	services []podwatch.Key
 	workload *redirect.Workload // nil while the pod is not redirected
+	told     told
+	drained  bool
+	// hostUIDs are what users of the pod are on the node, as far as was found out.
+	hostUIDs map[uint32]uint32
 }
 
 type podCounts struct{ redirected, untouched, failed int }
@@ -84,22 +116,20 @@ func (a *agent) Run(ctx context.Context) error {
 	surveyed := make(chan survey)
 	changed := make(chan podwatch.Batch)
 	synced := a.store.Synced()
-	var others sync.WaitGroup
-	defer others.Wait() // they end with ctx
+	var others sync.WaitGroup // they end with ctx
+	defer others.Wait()
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-synced:
 			synced = nil
-			if err := a.start(ctx); err != nil {
-				return err
+			if err := a.call(ctx, func() error { return a.start(ctx) }); err != nil {
+				return ignoreEnd(ctx, err)
 			}
 			others.Go(func() { a.watch(ctx, changed) })
 		case b := <-changed:
-			a.apply(ctx, b.Keys, b.Since)
-		case f := <-a.calls:
-			f()
+			_ = a.call(ctx, func() error { a.apply(ctx, b.Keys, b.Since); return nil }) // fails only when ctx has ended
 		case <-heal.C:
 			if !a.ready() {
 				heal.Reset(healInterval)
@@ -113,7 +143,12 @@ func (a *agent) Run(ctx context.Context) error {
 				}
 			})
 		case s := <-surveyed:
-			a.heal(ctx, s)
+			_ = a.call(ctx, func() error { // as above
+				a.heal(ctx, s)
+				a.adopt(ctx)
+				a.tellRejections()
+				return nil
+			})
 			heal.Reset(healInterval)
 		}
 	}
@@ -143,20 +178,66 @@ func (a *agent) ready() bool {
 	}
 }
 
-// call runs f on the goroutine of Run and returns its error.
+// ignoreEnd returns nil in place of an error that comes from the end of ctx.
+func ignoreEnd(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// installers is how many sandboxes are redirected at a time: more than there are
+// processors, because the kernel makes some of them wait.
+func installers() int { return 2 * runtime.GOMAXPROCS(0) }
+
+// removers is how many are released at a time.
+func removers() int { return max(1, runtime.GOMAXPROCS(0)/2) }
+
+// call runs f under the agent's lock and returns its error.
 func (a *agent) call(ctx context.Context, f func() error) error {
-	done := make(chan error, 1)
 	select {
-	case a.calls <- func() { done <- f() }:
+	case a.lock <- struct{}{}:
 	case <-ctx.Done():
-		return fmt.Errorf("wait for the agent's loop: %w", ctx.Err())
+		return fmt.Errorf("wait for the agent: %w", ctx.Err())
 	}
-	select {
-	case err := <-done:
+	defer func() { <-a.lock }()
+	return f()
+}
+
+// outside runs f without the lock that the caller holds: other operations may
+// change everything but what the caller has the turn of.
+func (a *agent) outside(f func() error) error {
+	<-a.lock
+	defer func() { a.lock <- struct{}{} }()
+	return f()
+}
+
+// within is outside in one of so many places.
+func (a *agent) within(ctx context.Context, places chan struct{}, f func() error) error {
+	return a.outside(func() error {
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+			return fmt.Errorf("wait for other pods: %w", ctx.Err())
+		}
+		defer func() { <-places }()
+		return f()
+	})
+}
+
+// turn waits for the sandbox's turn, without the lock if it has to wait.
+func (a *agent) turn(ctx context.Context, containerID string) (end func(), err error) {
+	if end = a.turns.Try(containerID); end != nil {
+		return end, nil
+	}
+	err = a.outside(func() error {
+		end, err = a.turns.TakeContext(ctx, containerID)
 		return err
-	case <-ctx.Done():
-		return fmt.Errorf("wait for the agent's loop: %w", ctx.Err())
+	})
+	if err != nil {
+		return nil, fmt.Errorf("wait for another operation on sandbox %s: %w", containerID, err)
 	}
+	return end, nil
 }
 
 // start does all there is to do after the source was read for the first time.
@@ -179,9 +260,12 @@ func (a *agent) start(ctx context.Context) error {
 		a.remember(r.Key())
 	}
 	a.applyServices(keys, now)
-	a.heal(ctx, a.survey(ctx))
+	var s survey
+	_ = a.outside(func() error { s = a.survey(ctx); return nil })
+	a.heal(ctx, s)
 	a.sidecars.SetReady()
 	close(a.started)
+	a.adopt(ctx)
 	a.log.Info("node is in the desired state", "services", len(keys), "sandboxes", len(a.boxes.byID))
 	return nil
 }
@@ -214,32 +298,56 @@ func (s survey) whole(w redirect.Workload) bool {
 // for a pod stays while it cannot be told what the pod wants: else a bad
 // annotation and a restart would lead the pod's traffic past its proxy.
 func (a *agent) heal(ctx context.Context, s survey) {
-	var keep []redirect.ID
+	errs := []error{s.err}
 	for _, box := range a.boxes.all() {
-		if netnsGone(box.Netns, box.NetnsInode) {
-			a.forget(ctx, box)
-			continue
-		}
-		if err := a.bring(ctx, box, time.Now(), s); err != nil {
-			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
-			keep = append(keep, box.id())
-		}
+		errs = append(errs, a.healBox(ctx, box.ContainerID, s))
 	}
-	orphans, err := a.orphans(s.installed)
-	keep = append(keep, orphans...)
+	keep, err := a.orphans(s.installed)
 	a.problem("sandboxes", err)
-	var want []redirect.Workload
-	for _, s := range a.pods {
-		if s.workload != nil {
-			want = append(want, *s.workload)
-		}
+	for _, box := range a.boxes.all() {
+		keep = append(keep, box.id()) // each was seen to in its turn
 	}
-	if err := errors.Join(s.err, redirect.Reconcile(ctx, a.redirector, s.installed, want, keep)); err != nil {
+	errs = append(errs, a.within(ctx, a.removing, func() error {
+		return redirect.Reconcile(ctx, a.redirector, s.installed, nil, keep)
+	}))
+	if err := errors.Join(errs...); err != nil {
 		a.log.Error("redirection differs from what is wanted", "err", err)
 		a.problem("redirection", err)
 		return
 	}
 	a.problem("redirection", nil)
+}
+
+// healBox is heal for one sandbox.
+func (a *agent) healBox(ctx context.Context, containerID string, s survey) error {
+	end, err := a.turn(ctx, containerID)
+	if err != nil {
+		return err
+	}
+	defer end()
+	box, known := a.boxes.byID[containerID]
+	if !known {
+		return nil // it has ended since
+	}
+	if netnsGone(box.Netns, box.NetnsInode) {
+		a.forget(ctx, box)
+		return nil
+	}
+	err = a.bring(ctx, box, time.Now(), s)
+	if err == nil {
+		return nil
+	}
+	a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
+	state := a.pods[containerID]
+	if state.workload == nil || s.whole(*state.workload) {
+		return nil
+	}
+	// What was in place is kept whole.
+	err = a.within(ctx, a.adding, func() error { return a.redirector.Add(ctx, *state.workload) })
+	if err != nil && !errors.Is(err, redirect.ErrGone) {
+		return fmt.Errorf("redirect pod %s: %w", state.workload.Pod, err)
+	}
+	return nil
 }
 
 // orphans returns the workloads that are installed in namespaces that live and
@@ -269,8 +377,12 @@ func (a *agent) apply(ctx context.Context, keys []podwatch.Key, since time.Time)
 		for _, s := range a.remember(key) {
 			services[s] = true
 		}
-		for _, box := range a.concerned(key) {
+		concerned := a.concerned(key)
+		for _, box := range concerned {
 			boxes[box.ContainerID] = box
+		}
+		if _, exists := a.store.Get(key); key.Kind == podwatch.KindPod && !exists && len(concerned) == 0 {
+			a.problem("pod "+key.Namespace+"/"+key.Name, nil) // it was never brought here
 		}
 	}
 	var dirty []podwatch.Key
@@ -282,6 +394,9 @@ func (a *agent) apply(ctx context.Context, keys []podwatch.Key, since time.Time)
 		if err := a.applyPod(ctx, box, since); err != nil {
 			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
 		}
+	}
+	if slices.ContainsFunc(keys, func(k podwatch.Key) bool { return k.Kind == podwatch.KindPod || k.Kind == podwatch.KindNamespace }) {
+		a.adopt(ctx)
 	}
 }
 
@@ -343,25 +458,39 @@ func (a *agent) applyServices(keys []podwatch.Key, since time.Time) {
 	}
 }
 
-// applyPod brings one sandbox to what its pod asks for: first the sidecar's
-// configuration and socket, then redirection. On an error with what the pod
-// asks for, what was in place before stays.
+// applyPod brings one sandbox, if it is still there in its turn, to what its pod
+// asks for.
 func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) error {
+	end, err := a.turn(ctx, box.ContainerID)
+	if err != nil {
+		return err
+	}
+	defer end()
+	box, known := a.boxes.byID[box.ContainerID]
+	if !known {
+		return nil
+	}
 	return a.bring(ctx, box, since, survey{})
 }
 
-// bring is applyPod for who knows already what is installed.
+// bring brings a sandbox, in its turn, to what its pod asks for: first the
+// sidecar's configuration and socket, then redirection. On an error with what the
+// pod asks for, what was in place before stays. s is what is known already to be
+// installed.
 func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s survey) (err error) {
 	object := "pod " + box.Namespace + "/" + box.Name
 	var partly error // is reported, but keeps no pod from starting
-	defer func() { a.problem(object, errors.Join(err, partly)); a.count() }()
-
 	state := a.pods[box.ContainerID]
 	if state == nil {
 		state = &podState{}
 		a.pods[box.ContainerID] = state
 	}
-	if pod, ok := get[*podwatch.Pod](a.store, podwatch.Key{Kind: podwatch.KindPod, Namespace: box.Namespace, Name: box.Name}); ok {
+	defer func() {
+		a.problem(object, errors.Join(err, partly))
+		a.count()
+		a.tell(box, state, err, partly)
+	}()
+	if pod, ok := get[*podwatch.Pod](a.store, podwatch.Key{Kind: podwatch.KindPod, Namespace: box.Namespace, Name: box.Name}); ok && a.store.IsPod(pod, box.PodUID) {
 		state.pod = pod
 	}
 	if state.pod == nil {
@@ -393,17 +522,37 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 	a.sidecars.SetPod(server.Pod{
 		UID: sidecar.UID, Namespace: sidecar.Namespace, Name: sidecar.Name, Base: baseOwner(sidecar.OutboundPolicy),
 	}, resources, since)
-	if err := a.sidecars.Open(sidecar.UID, box.Netns, workload.Policy.ProxyUID); err != nil {
-		return fmt.Errorf("open xDS socket of pod %s: %w", workload.Pod, err)
+	proxyUID, err := a.proxyUID(box, state, workload.Policy.ProxyUID)
+	if err != nil {
+		return fmt.Errorf("tell the proxy of pod %s by its user: %w", workload.Pod, err)
 	}
+	if proxyUID != workload.Policy.ProxyUID {
+		workload.HostProxyUID = proxyUID
+	}
+	if box.Userns != 0 {
+		if workload.Policy.Backend, err = usernsBackend(workload.Policy.Backend); err != nil {
+			return fmt.Errorf("redirect pod %s: %w", workload.Pod, err)
+		}
+	}
+	a.drainOnce(ctx, box, state)
 	// A survey does not tell which backend has the pod: once in the agent's life
 	// that must be looked at.
-	if state.workload != nil && s.whole(workload) {
+	installed := state.workload != nil && s.whole(workload)
+	err = a.within(ctx, a.adding, func() error {
+		if err := a.sidecars.Open(sidecar.UID, box.Netns, proxyUID); err != nil {
+			return fmt.Errorf("open xDS socket of pod %s: %w", workload.Pod, err)
+		}
+		if installed {
+			return nil
+		}
+		// From here on the pod's traffic is affected.
+		if err := a.redirector.Add(ctx, workload); err != nil {
+			return fmt.Errorf("redirect pod %s: %w", workload.Pod, err)
+		}
 		return nil
-	}
-	// From here on the pod's traffic is affected.
-	if err := a.redirector.Add(ctx, workload); err != nil {
-		return fmt.Errorf("redirect pod %s: %w", workload.Pod, err)
+	})
+	if err != nil || installed {
+		return err
 	}
 	if state.workload == nil {
 		a.log.Info("pod is redirected", "pod", workload.Pod, "pod_uid", box.PodUID, "netns", box.NetnsInode)
@@ -412,28 +561,119 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 	return nil
 }
 
-// release ends all that was done for a sandbox, redirection first.
+// usernsBackend is the backend of a pod with a user namespace of its own, whatever
+// the node's is: the kernel refuses iptables' owner match, which tells the proxy,
+// to whoever is outside of that namespace (xt_owner, EINVAL).
+func usernsBackend(asked redirect.Backend) (redirect.Backend, error) {
+	if asked == redirect.BackendIPTables {
+		return "", errors.New("the pod has a user namespace of its own (hostUsers: false), in which iptables cannot tell its proxy: remove the annotation sluice.dev/backend, or hostUsers: false")
+	}
+	return redirect.BackendEBPF, nil
+}
+
+// proxyUID is what the pod's user ID uid is on the node. In a pod with a user
+// namespace of its own that can be told only once a process runs there; until
+// then nobody is the proxy, and refused asks again when the proxy comes.
+func (a *agent) proxyUID(box sandbox, state *podState, uid uint32) (uint32, error) {
+	if box.Userns == 0 {
+		return uid, nil
+	}
+	if mapped, known := state.hostUIDs[uid]; known {
+		return mapped, nil // it never changes
+	}
+	mapped, err := a.hostUID(box.Userns, uid)
+	switch {
+	case errors.Is(err, netns.ErrNoProcess):
+		return redirect.NoUID, nil
+	case err != nil:
+		return 0, err
+	case state.hostUIDs == nil:
+		state.hostUIDs = map[uint32]uint32{}
+	}
+	state.hostUIDs[uid] = mapped
+	return mapped, nil
+}
+
+// refused is told that somebody who is not known as the proxy of a sandbox asked
+// for its configuration.
+func (a *agent) refused(ctx context.Context, id string) {
+	a.background.Go(func() {
+		err := a.call(ctx, func() error {
+			for _, box := range a.boxes.all() {
+				if state := a.pods[box.ContainerID]; box.id().String() == id && box.Userns != 0 &&
+					state != nil && state.hostUIDs == nil {
+					return a.applyPod(ctx, box, time.Now())
+				}
+			}
+			return nil
+		})
+		if err != nil && ctx.Err() == nil {
+			a.log.Warn("sidecar that was refused stays unknown", "err", err)
+		}
+	})
+}
+
+// drainOnce tells the sidecar of a pod that is being deleted, once.
+func (a *agent) drainOnce(ctx context.Context, box sandbox, state *podState) {
+	if !state.pod.Terminating || state.drained || a.drain == nil {
+		return
+	}
+	state.drained = true
+	a.background.Go(func() {
+		if err := a.drain(ctx, box.target()); err != nil && !errors.Is(err, redirect.ErrGone) && ctx.Err() == nil {
+			a.log.Warn("sidecar of a pod that ends is not told", "pod", box.Namespace+"/"+box.Name, "err", err)
+			a.drained.failed.Add(1)
+		} else if err == nil {
+			a.drained.told.Add(1)
+		}
+	})
+}
+
+// target is the sandbox's sidecar.
+func (s sandbox) target() proxyTarget {
+	return proxyTarget{Namespace: s.Namespace, Pod: s.Name, Netns: s.Netns, NetnsInode: s.NetnsInode}
+}
+
+// targets returns the sidecars of the node's redirected pods. It may be called
+// on any goroutine.
+func (a *agent) targets() []proxyTarget {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.sidecarsOf)
+}
+
+// release ends all that was done for a sandbox, in its turn, redirection first.
 func (a *agent) release(ctx context.Context, box sandbox) error {
 	id := box.id()
-	if err := a.redirector.Remove(ctx, id); err != nil {
+	if err := a.within(ctx, a.removing, func() error { return a.redirector.Remove(ctx, id) }); err != nil {
 		return fmt.Errorf("end redirection of pod %s/%s: %w", box.Namespace, box.Name, err)
 	}
 	if s := a.pods[box.ContainerID]; s != nil && s.workload != nil {
 		s.workload = nil
 		a.log.Info("pod is no longer redirected", "pod", box.Namespace+"/"+box.Name, "pod_uid", box.PodUID, "netns", box.NetnsInode)
 	}
-	err := a.sidecars.ClosePod(id.String())
-	a.sidecars.RemovePod(id.String())
+	return a.endServing(box)
+}
+
+// endServing ends what the sidecar of a sandbox is told.
+func (a *agent) endServing(box sandbox) error {
+	id := box.id().String()
+	err := a.outside(func() error { return a.sidecars.ClosePod(id) })
+	a.sidecars.RemovePod(id)
 	if err != nil {
 		return fmt.Errorf("close xDS socket of pod %s/%s: %w", box.Namespace, box.Name, err)
 	}
 	return nil
 }
 
-// forget releases a sandbox that has ended. What cannot be released is taken
+// forget releases a sandbox that has ended, in its turn. What cannot be released is taken
 // away by a later heal, once the namespace is gone.
 func (a *agent) forget(ctx context.Context, box sandbox) {
-	if err := errors.Join(a.release(ctx, box), a.boxes.forget(box.ContainerID)); err != nil {
+	err := a.release(ctx, box)
+	if err != nil { // the socket would keep the namespace from going
+		err = errors.Join(err, a.endServing(box))
+	}
+	if err = errors.Join(err, a.boxes.forget(box.ContainerID)); err != nil {
 		a.log.Warn("something of an ended pod is left until the next check", "pod", box.Namespace+"/"+box.Name, "err", err)
 	}
 	delete(a.pods, box.ContainerID)
@@ -462,8 +702,16 @@ func (a *agent) count() {
 	var c podCounts
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.sidecarsOf = nil
 	for id, s := range a.pods {
 		box, known := a.boxes.byID[id]
+		if known && s.workload != nil {
+			t := box.target()
+			if s.pod != nil {
+				t.Workload = s.pod.Workload.Name
+			}
+			a.sidecarsOf = append(a.sidecarsOf, t)
+		}
 		_, failed := a.problems["pod "+box.Namespace+"/"+box.Name]
 		switch {
 		case !known:

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -36,11 +37,14 @@ type journal struct {
 	grown   chan struct{} // closed at the next entry
 
 	installed  map[redirect.ID]redirect.Installed
-	configured map[string]bool         // pods whose sidecar has a configuration
-	open       map[string]bool         // pods with an xDS socket
-	addrs      map[string][]netip.Addr // told to the source
-	addErr     error                   // of redirection
-	slow       *slowness               // of List, unless nil
+	configured map[string]bool          // pods whose sidecar has a configuration
+	open       map[string]bool          // pods with an xDS socket
+	addrs      map[string][]netip.Addr  // told to the source
+	addErr     error                    // of redirection
+	removeErr  error                    // of its end
+	slow       *slowness                // of List, unless nil
+	held       map[string]chan struct{} // entries whose call does not return before the channel is closed
+	reports    []string                 // what was told to people
 }
 
 // A slowness tells of each List that begins, and lets none end before end is
@@ -55,6 +59,28 @@ func (j *journal) note(entry string, do func()) {
 	do()
 	close(j.grown)
 	j.grown = make(chan struct{})
+}
+
+// hold keeps the call of an entry from returning until let go.
+func (j *journal) hold(entry string) (letGo func()) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.held == nil {
+		j.held = map[string]chan struct{}{}
+	}
+	end := make(chan struct{})
+	j.held[entry] = end
+	return func() { close(end) }
+}
+
+// holding waits as long as entry is held.
+func (j *journal) holding(entry string) {
+	j.mu.Lock()
+	end := j.held[entry]
+	j.mu.Unlock()
+	if end != nil {
+		<-end
+	}
 }
 
 func (j *journal) fail(err error) {
@@ -111,12 +137,16 @@ func (f fakeRedirector) Add(_ context.Context, w redirect.Workload) (err error) 
 			f.installed[w.ID] = redirect.Installed{ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest()}
 		}
 	})
+	f.holding("redirect " + w.ID.PodUID)
 	return err
 }
 
 func (f fakeRedirector) Remove(_ context.Context, id redirect.ID) error {
 	f.note("release "+id.PodUID, func() { delete(f.installed, id) })
-	return nil
+	f.holding("release " + id.PodUID)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.removeErr
 }
 
 func (f fakeRedirector) List(ctx context.Context) ([]redirect.Installed, error) {
@@ -195,6 +225,8 @@ type testNode struct {
 	j     *journal
 	store *podwatch.Store
 	dir   string // of the sandboxes
+	// silent means that the API server answers nobody.
+	silent *atomic.Bool
 }
 
 // newNode starts an agent whose source has not been read yet.
@@ -210,7 +242,8 @@ func newNode(t *testing.T) *testNode {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &testNode{j: j, store: store, dir: dir, agent: &agent{
+	silent := &atomic.Bool{}
+	n := &testNode{j: j, store: store, dir: dir, silent: silent, agent: &agent{
 		log:   slog.New(slog.DiscardHandler),
 		store: store,
 		planner: planner{
@@ -218,6 +251,7 @@ func newNode(t *testing.T) *testNode {
 			redirectDefault: redirect.DefaultPolicy(), excluded: []string{"kube-system"},
 		},
 		redirector: fakeRedirector{j}, translator: fakeTranslator{j}, sidecars: fakeSidecars{j},
+		reporter: fakeReporter{j}, backend: fakeBackend{},
 		setPodAddrs: func(namespace, name string, addrs []netip.Addr) {
 			j.note("addresses "+namespace+"/"+name, func() {
 				delete(j.addrs, namespace+"/"+name)
@@ -226,7 +260,9 @@ func newNode(t *testing.T) *testNode {
 				}
 			})
 		},
-		calls: make(chan func()), started: make(chan struct{}), boxes: boxes, pods: map[string]*podState{},
+		cutOff: silent.Load,
+		lock:   make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()),
+		started: make(chan struct{}), boxes: boxes, pods: map[string]*podState{},
 		fed: map[podwatch.Key][]podwatch.Key{}, problems: map[string]string{},
 	}}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -237,6 +273,7 @@ func newNode(t *testing.T) *testNode {
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)
 		}
+		n.background.Wait()
 	})
 	return n
 }
@@ -271,12 +308,18 @@ func (n *testNode) change(t *testing.T, until string, objects ...podwatch.Object
 	n.settle(t, until)
 }
 
-// settle waits for an entry and for the loop to finish what that is part of.
+// settle waits for an entry and for the end of the operation that it is part of.
 func (n *testNode) settle(t *testing.T, until string) {
 	t.Helper()
 	n.j.await(t, until)
-	if err := n.call(t.Context(), func() error { return nil }); err != nil {
+	var boxes []sandbox
+	if err := n.call(t.Context(), func() error { boxes = n.boxes.all(); return nil }); err != nil {
 		t.Fatal(err)
+	}
+	for _, box := range boxes {
+		if err := n.inTurn(t.Context(), box.ContainerID, func() error { return nil }); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -539,6 +582,20 @@ func TestDel(t *testing.T) {
 	}
 }
 
+// A socket that stayed open would keep the namespace from going.
+func TestDelThatCannotRelease(t *testing.T) {
+	web := newPod("shop", "web")
+	n := readyNode(t, shop(), web)
+	mustAdd(t, n, attach(web))
+	n.j.mu.Lock()
+	n.j.removeErr = errors.New("the kernel is busy")
+	n.j.mu.Unlock()
+	if err := n.Del(t.Context(), attach(web)); err != nil {
+		t.Error(err)
+	}
+	n.wantLeft(t, left{})
+}
+
 func TestDelOfUnknown(t *testing.T) {
 	web := newPod("shop", "web")
 	n := readyNode(t, shop(), web)
@@ -593,8 +650,15 @@ func TestCheck(t *testing.T) {
 }
 
 func TestCheckOfUnknown(t *testing.T) {
-	n := readyNode(t, shop())
-	wantError(t, n.Check(t.Context(), attach(newPod("shop", "web"))), "box-web", "shop/web", "not known to the agent")
+	older := newPod("shop", "older", redirect.RedirectKey, redirect.RedirectDisabled)
+	wanted := newPod("shop", "wanted")
+	n := readyNode(t, shop(), older, wanted)
+	for _, p := range []*podwatch.Pod{newPod("shop", "web"), wanted} {
+		wantError(t, n.Check(t.Context(), attach(p)), "box-"+p.Name, "shop/"+p.Name, "not known to the agent")
+	}
+	if err := n.Check(t.Context(), attach(older)); err != nil {
+		t.Errorf("Check of a pod that is not to be redirected: %v", err)
+	}
 }
 
 // A pod that should be redirected and is not, because of what it asks for, does
@@ -669,6 +733,16 @@ func TestBeforeTheSourceIsRead(t *testing.T) {
 	defer cancel()
 	wantError(t, n.Add(ctx, attach(web)), reason)
 	n.wantLeft(t, left{})
+
+	// No API server is no reason to take the node out of service. A pod waits.
+	n.silent.Store(true)
+	if err := n.Status(t.Context()); err != nil {
+		t.Errorf("Status while the API server answers nobody: %v", err)
+	}
+	wantError(t, n.Check(t.Context(), attach(web)), reason)
+	wantError(t, n.Add(ctx, attach(web)), reason)
+	n.silent.Store(false)
+	wantError(t, n.Status(t.Context()), reason)
 
 	n.store.SetSynced()
 	n.settle(t, "ready")

@@ -12,17 +12,43 @@ import (
 	"github.com/sluicemesh/sluice/pkg/xds"
 )
 
+// sourceKubernetes is the --source that reads from the API server.
+const sourceKubernetes = "kubernetes"
+
 // A config is the command line of `sluice-agent run`, checked.
 type config struct {
-	sourceDir         string
+	sourceDir         string // empty: from Kubernetes
+	kubeconfig        string
+	daemonSet         objectName
 	node              string
 	backend           redirect.Backend
 	outboundPolicy    xds.OutboundPolicy
 	excludeNamespaces []string
 	httpAddr          string
+	proc              string
 	kernel            kernelConfig
+	cni               cniConfig
 	logLevel          slog.Level
 	logFormat         string
+}
+
+// An objectName names a namespaced object; the zero value names none.
+type objectName struct{ namespace, name string }
+
+// A cniConfig says where the CNI plugin is to be installed.
+type cniConfig struct {
+	confDir string
+	binDir  string // both empty: nothing is installed
+	plugin  string // what is installed; empty: sluice-cni beside the agent
+}
+
+func (c *cniConfig) register(fs *flag.FlagSet) {
+	fs.StringVar(&c.confDir, "cni-conf-dir", "", "`directory` of the runtime's CNI configurations, to add the plugin to the chain; empty: nothing is installed")
+	fs.StringVar(&c.binDir, "cni-bin-dir", "", "`directory` of the runtime's CNI plugins, to put the plugin into; empty: nothing is installed")
+}
+
+func registerProc(fs *flag.FlagSet) *string {
+	return fs.String("proc", "/proc", "`directory` where the node's procfs is mounted, to look at the processes of pods")
 }
 
 // A kernelConfig says where an agent keeps what outlives it. uninstall needs it
@@ -37,7 +63,7 @@ type kernelConfig struct {
 func (k *kernelConfig) register(fs *flag.FlagSet) {
 	fs.StringVar(&k.stateDir, "state-dir", "/run/sluice", "`directory` for what must outlive the agent but not the node's next boot")
 	fs.StringVar(&k.pinDir, "pin-dir", "/sys/fs/bpf/sluice", "`directory` in a bpffs, mounted if need be, for pinned maps and links")
-	fs.StringVar(&k.cgroup, "cgroup", "", "cgroup v2 `directory` to attach to; empty: found")
+	fs.StringVar(&k.cgroup, "cgroup", "", "root `directory` of the cgroup v2 hierarchy; empty: found")
 	fs.StringVar(&k.cniSocket, "cni-socket", cniapi.DefaultSocket, "unix socket `path` on which the CNI plugin asks")
 }
 
@@ -79,14 +105,19 @@ func parse(fs *flag.FlagSet, e env, args []string) error {
 // parseConfig reads the command line of `run`. Every wrong value is named.
 func parseConfig(e env, args []string) (config, error) {
 	var c config
-	var source, backend, outbound, exclude, level string
+	var source, daemonSet, backend, outbound, exclude, level string
 	fs := flags(e, "run")
-	fs.StringVar(&source, "source", "", "where pods and services come from: files:`DIRECTORY` of Kubernetes YAML, watched")
+	fs.StringVar(&source, "source", "", "where pods and services come from: kubernetes, or files:`DIRECTORY` of Kubernetes YAML, watched")
+	fs.StringVar(&c.kubeconfig, "kubeconfig", "", "`file` that says how to reach the API server; empty: as a pod does")
+	fs.StringVar(&daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that runs this agent: when that is deleted, the agent's end uninstalls; empty: never")
 	fs.StringVar(&c.node, "node", "", "`name` of this node; empty: the host's name")
 	fs.StringVar(&backend, "backend", string(redirect.BackendAuto), "redirection `backend`: auto, ebpf or iptables; auto takes ebpf where the node can")
 	fs.StringVar(&outbound, "outbound-policy", string(xds.OutboundPassthrough), "what becomes of connections to unknown destinations: passthrough or block")
 	fs.StringVar(&exclude, "exclude-namespaces", "kube-system", "comma-separated `namespaces` that are never redirected")
 	fs.StringVar(&c.httpAddr, "http-addr", ":15090", "`address` of /healthz, /readyz and /metrics")
+	proc := registerProc(fs)
+	fs.StringVar(&c.cni.plugin, "cni-plugin", "", "`file` of the CNI plugin that is installed; empty: sluice-cni beside sluice-agent")
+	c.cni.register(fs)
 	fs.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	fs.StringVar(&c.logFormat, "log-format", "text", "text or json")
 	c.kernel.register(fs)
@@ -94,15 +125,32 @@ func parseConfig(e env, args []string) (config, error) {
 		return c, err
 	}
 
+	c.proc = *proc
+
 	var errs []error
 	wrong := func(name, value, allowed string) {
 		errs = append(errs, fmt.Errorf("--%s %q: must be %s", name, value, allowed))
 	}
 	dir, isFiles := strings.CutPrefix(source, "files:")
-	if !isFiles || dir == "" {
-		wrong("source", source, "files:DIRECTORY")
+	switch {
+	case isFiles && dir != "":
+		c.sourceDir = dir
+	case source != sourceKubernetes:
+		wrong("source", source, "kubernetes or files:DIRECTORY")
 	}
-	c.sourceDir = dir
+	if daemonSet != "" {
+		var ok bool
+		c.daemonSet.namespace, c.daemonSet.name, ok = strings.Cut(daemonSet, "/")
+		if !ok || c.daemonSet.namespace == "" || c.daemonSet.name == "" || strings.Contains(c.daemonSet.name, "/") {
+			wrong("daemonset", daemonSet, "NAMESPACE/NAME")
+		}
+		if isFiles {
+			wrong("daemonset", daemonSet, "empty with --source files:DIRECTORY")
+		}
+	}
+	if (c.cni.confDir == "") != (c.cni.binDir == "") {
+		errs = append(errs, errors.New("--cni-conf-dir and --cni-bin-dir: give both or none"))
+	}
 	switch c.backend = redirect.Backend(backend); c.backend {
 	case redirect.BackendAuto, redirect.BackendEBPF, redirect.BackendIPTables:
 	default:
@@ -133,6 +181,14 @@ func parseConfig(e env, args []string) (config, error) {
 		return c, errUsage
 	}
 	return c, nil
+}
+
+// source is --source again.
+func (c config) source() string {
+	if c.sourceDir == "" {
+		return sourceKubernetes
+	}
+	return "files:" + c.sourceDir
 }
 
 func newLogger(e env, c config) *slog.Logger {

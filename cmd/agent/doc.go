@@ -4,10 +4,10 @@
 //
 // It is the only place that knows all parts: podwatch (what there is), redirect
 // (the kernel) and xds (the sidecars) know nothing of each other. plan.go holds
-// the pure functions between them, agent.go the loop that applies the plans.
+// the pure functions between them, agent.go applies the plans.
 //
-// One goroutine owns all state; CNI requests and changes of the source are
-// handed to it. What it puts into the kernel outlives it: when the agent ends,
+// All state is under one lock; work in the kernel happens outside of it, one
+// operation on a sandbox at a time. What it puts into the kernel outlives it: when the agent ends,
 // however it ends, running and new connections go on as before. Only the
 // subcommand uninstall takes redirection away.
 //

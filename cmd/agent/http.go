@@ -14,6 +14,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniinstall"
 )
 
 // A check is one line of /readyz.
@@ -24,8 +26,8 @@ type check struct {
 	problem bool   // detail is what is wrong with one object, which makes the node no less ready
 }
 
-// serveHTTP serves /healthz, /readyz and /metrics on addr until ctx ends.
-func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(context.Context) error, ready func() []check, metrics prometheus.Gatherer) error {
+// serveHTTP serves /healthz, /readyz, /metrics and /metrics/proxies on addr until ctx ends.
+func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(context.Context) error, ready func() []check, metrics prometheus.Gatherer, proxies http.Handler) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		writeChecks(w, []check{{name: "loop", err: alive(r.Context())}})
@@ -35,11 +37,12 @@ func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(co
 		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelError),
 		ErrorHandling: promhttp.ContinueOnError, // one collector that fails hides no other
 	}))
+	mux.Handle("GET /metrics/proxies", proxies)
 	listener, err := net.Listen("tcp", addr)
 	if err != nil {
 		return fmt.Errorf("listen for /healthz, /readyz and /metrics, see --http-addr: %w", err)
 	}
-	s := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
+	s := newHTTPServer(log, mux)
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
@@ -53,6 +56,16 @@ func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(co
 	return nil
 }
 
+// newHTTPServer returns a server that lets nobody keep a connection, and with it
+// a file of the agent, for long: its port is open to whoever reaches the node.
+func newHTTPServer(log *slog.Logger, h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: h, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		ReadTimeout: 30 * time.Second, WriteTimeout: 30 * time.Second, // longer than any answer takes
+	}
+}
+
 // writeChecks answers in the form that kube-apiserver's /readyz?verbose has:
 // one line a check, [+] or [-], with the reason, and [!] for problems that leave
 // the node ready.
@@ -62,7 +75,7 @@ func writeChecks(w http.ResponseWriter, checks []check) {
 	for _, c := range checks {
 		mark, text := "+", "ok"
 		if c.err != nil {
-			mark, text, code = "-", strings.ReplaceAll(c.err.Error(), "\n", "; "), http.StatusServiceUnavailable
+			mark, text, code = "-", inOneLine(c.err.Error()), http.StatusServiceUnavailable
 		}
 		if c.detail != "" {
 			text += " (" + c.detail + ")"
@@ -86,34 +99,81 @@ func (a *agent) alive(ctx context.Context) error {
 
 // checks are those of /readyz. Problems with single objects make the node no
 // less ready: they are named, and all else goes on.
-func (a *agent) checks(backend, backendReason string, sourceProblems []string) []check {
-	source := check{name: "source", detail: "read completely"}
-	if !a.ready() {
-		source = check{name: "source", err: errors.New("not read completely yet")}
-	}
+func (a *agent) checks(backend, backendReason string, from source, installer *cniinstall.Installer) []check {
+	checks := []check{a.sourceCheck(from)}
 	redirection := check{name: "redirection", detail: "backend " + backend}
 	if backendReason != "" {
 		redirection.detail += ", since " + backendReason
 	}
 	counts, problems := a.report()
-	checks := []check{source, redirection, {
+	checks = append(checks, redirection)
+	if installer != nil {
+		checks = append(checks, installationCheck(installer.Status()))
+	}
+	checks = append(checks, check{
 		name:   "pods",
 		detail: fmt.Sprintf("%d redirected, %d not to be redirected, %d with a problem", counts.redirected, counts.untouched, counts.failed),
-	}}
+	})
 	for _, object := range slices.Sorted(maps.Keys(problems)) {
-		checks = append(checks, check{name: object, problem: true, detail: strings.ReplaceAll(problems[object], "\n", "; ")})
+		checks = append(checks, check{name: object, problem: true, detail: inOneLine(problems[object])})
 	}
 	for _, pod := range a.sidecars.Status() {
 		for _, r := range pod.Rejected {
 			checks = append(checks, check{
 				problem: true,
 				name:    fmt.Sprintf("sidecar %s/%s", pod.Pod.Namespace, pod.Pod.Name),
-				detail:  fmt.Sprintf("rejects %s %s: %s", r.TypeURL[strings.LastIndexByte(r.TypeURL, '.')+1:], r.Name, strings.ReplaceAll(r.Error, "\n", "; ")),
+				detail:  rejection(r),
 			})
 		}
 	}
-	for _, p := range sourceProblems {
-		checks = append(checks, check{name: "source document", problem: true, detail: p})
+	for _, p := range from.problems() {
+		checks = append(checks, check{name: "source document", problem: true, detail: p.String()})
 	}
 	return checks
+}
+
+// sourceCheck is about what the agent has to go by. A source that was read once
+// is good enough to work with, but that it cannot be followed is said.
+func (a *agent) sourceCheck(from source) check {
+	c := check{name: "source", detail: "read completely"}
+	var reasons []error
+	if from.health != nil {
+		health := from.health()
+		for _, h := range health {
+			if h.Err != nil {
+				reasons = append(reasons, h.Err)
+			}
+		}
+		c.detail += fmt.Sprintf(", last heard of %s ago", sourceAge(health, time.Now()).Round(time.Second))
+	}
+	slices.SortFunc(reasons, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	reasons = slices.CompactFunc(reasons, func(a, b error) bool { return a.Error() == b.Error() })
+	why := errors.Join(reasons...)
+	switch {
+	case a.ready() && why != nil:
+		c.detail += ", but cannot be followed now: " + inOneLine(why.Error())
+	case !a.ready() && why == nil:
+		c = check{name: "source", err: errors.New("not read completely yet")}
+	case !a.ready():
+		c = check{name: "source", err: fmt.Errorf("not read completely yet: %w", why)}
+	}
+	return c
+}
+
+// installationCheck is about the CNI plugin: without it pods start that are not
+// redirected.
+func installationCheck(s cniinstall.Status) check {
+	c := check{name: "cni"}
+	switch {
+	case s.Err != nil:
+		c.err = s.Err
+	case !s.Installed():
+		c.err = errors.New("the plugin is not installed yet")
+	default:
+		c.detail = fmt.Sprintf("in %s, put back %d times", s.Conf, s.Repairs)
+		if s.Fighting {
+			c.detail += "; another program keeps removing it"
+		}
+	}
+	return c
 }

@@ -16,6 +16,7 @@ var version = "dev"
 
 // An env is all that the program takes from its surroundings.
 type env struct {
+	stdin          io.Reader
 	stdout, stderr io.Writer
 	getenv         func(string) string
 	hostname       func() (string, error)
@@ -32,6 +33,7 @@ func commands() []command {
 		{"run", "redirect this node's pods and serve their sidecars", runAgent},
 		{"uninstall", "remove everything that agents put into this node's kernel", runUninstall},
 		{"probe", "tell which redirection backends this node can have, and why not", runProbe},
+		{"inject", "add the sidecar to Kubernetes YAML", runInject},
 		{"bootstrap", "print the Envoy bootstrap that all sidecars share", runBootstrap},
 		{"version", "print the version", runVersion},
 	}
@@ -39,7 +41,7 @@ func commands() []command {
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	code := run(ctx, os.Args[1:], env{stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv, hostname: os.Hostname})
+	code := run(ctx, os.Args[1:], env{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, getenv: os.Getenv, hostname: os.Hostname})
 	stop()
 	os.Exit(code)
 }

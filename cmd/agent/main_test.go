@@ -45,7 +45,7 @@ func TestCommandLine(t *testing.T) {
 		"stray argument":  {args: []string{"version", "now"}, code: 2, stderr: `unexpected argument "now"`},
 		"bad variable": {
 			args: []string{"run"}, variables: []string{"SLUICE_SOURCE=http://x", "SLUICE_NODE=n"},
-			code: 2, stderr: `--source "http://x": must be files:DIRECTORY`,
+			code: 2, stderr: `--source "http://x": must be kubernetes or files:DIRECTORY`,
 		},
 		"source that is not there": {
 			args: []string{"run", "--source", "files:/no/such/dir", "--node", "n"},
@@ -65,8 +65,11 @@ func TestCommandLine(t *testing.T) {
 // TestWrongValuesAreNamedTogether: one start tells everything that is wrong.
 func TestWrongValuesAreNamedTogether(t *testing.T) {
 	code, _, stderr := runMain(t, nil, "run", "--source", "/etc", "--backend", "nft",
-		"--outbound-policy", "deny", "--log-level", "loud", "--log-format", "xml")
-	want := `--source "/etc": must be files:DIRECTORY
+		"--outbound-policy", "deny", "--log-level", "loud", "--log-format", "xml",
+		"--daemonset", "agent", "--cni-bin-dir", "/opt/cni/bin")
+	want := `--source "/etc": must be kubernetes or files:DIRECTORY
+--daemonset "agent": must be NAMESPACE/NAME
+--cni-conf-dir and --cni-bin-dir: give both or none
 --backend "nft": must be auto, ebpf or iptables
 --outbound-policy "deny": must be passthrough or block
 --log-level "loud": must be debug, info, warn or error

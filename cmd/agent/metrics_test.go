@@ -15,6 +15,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/sluicemesh/sluice/pkg/podwatch"
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniinstall"
 	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/xds/server"
 )
@@ -45,10 +47,23 @@ func register(t *testing.T, meter redirect.Meter) *prometheus.Registry {
 	if err := sidecars.Register(r); err != nil {
 		t.Fatal(err)
 	}
+	a := &agent{log: log, store: podwatch.NewStore(podwatch.StoreOptions{}), problems: map[string]string{"pod shop/broken": "bad annotation", "service shop/web": "no port"}}
+	web := &podwatch.Pod{Meta: podwatch.Meta{Namespace: "shop", Name: "web"}, Workload: podwatch.Workload{Kind: "Deployment", Name: "web-app"}}
+	a.store.Update([]podwatch.Change{{Key: web.Key(), Object: web}})
+	a.sidecarsOf = []proxyTarget{{Namespace: "shop", Pod: "web", Netns: "old"}, {Namespace: "shop", Pod: "web", Netns: "new"}}
+	r.MustRegister(newPartMetrics(agentParts{
+		health: func() []podwatch.KindHealth {
+			return []podwatch.KindHealth{{Kind: podwatch.KindPod, Synced: true, LastContact: time.Now()}, {Kind: podwatch.KindService, Err: errors.New("refused")}}
+		},
+		reports:   func() podwatch.ReporterStats { return podwatch.ReporterStats{Conditions: 3, Events: 2, Failed: 1} },
+		installer: func() cniinstall.Status { return cniinstall.Status{Conf: "a", Plugin: "b", Repairs: 4} },
+		adopted:   func() int { return 5 },
+		drains:    func() (uint64, uint64) { return 6, 7 },
+	}))
 	cni := newCNIMetrics(r)
 	cni.requests.WithLabelValues("add", "200").Inc()
 	cni.latency.WithLabelValues("add").Observe(time.Millisecond.Seconds())
-	r.MustRegister(newBuildInfo(), newNodeMetrics(meter, func() (string, string) { return "ebpf", "" }, &agent{log: log}, func() int { return 0 }))
+	r.MustRegister(newBuildInfo(), newNodeMetrics(meter, func() (string, string) { return "ebpf", "" }, a, func() int { return 0 }))
 	return r
 }
 
@@ -72,7 +87,9 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for _, f := range families {
 		has = append(has, f.GetName())
 	}
-	has = append(has, "sluice_xds_refused_connections_total") // without a sample until one is refused
+	has = append(has,
+		"sluice_xds_refused_connections_total", // without a sample until one is refused
+		"sluice_proxy_scrape_up", "sluice_proxy_scrape_duration_seconds", "sluice_proxy_scrape_samples", "sluice_proxy_scrape_error_info")
 	doc, err := os.ReadFile("../../docs/metrics.md")
 	if err != nil {
 		t.Fatal(err)
@@ -81,6 +98,16 @@ func TestMetricsAreDocumented(t *testing.T) {
 	for _, m := range regexp.MustCompile("(?m)^\\| `(sluice_[a-z_]+)`").FindAllStringSubmatch(string(doc), -1) {
 		documented = append(documented, m[1])
 	}
+	_, sidecars := ownProxyChoice(proxyScopes())
+	sidecars["envoy_cluster_membership_total"], sidecars["envoy_cluster_membership_healthy"] = "gauge", "gauge"
+	for name, kind := range sidecars {
+		has = append(has, kind+" "+name)
+	}
+	for _, row := range regexp.MustCompile("(?m)^\\| (`envoy_.*`) \\| ([a-z]+) \\|$").FindAllStringSubmatch(string(doc), -1) {
+		for name := range strings.SplitSeq(row[1], ", ") {
+			documented = append(documented, row[2]+" "+strings.Trim(name, "`"))
+		}
+	}
 	slices.Sort(has)
 	slices.Sort(documented)
 	if diff := cmp.Diff(has, documented); diff != "" {
@@ -88,13 +115,21 @@ func TestMetricsAreDocumented(t *testing.T) {
 	}
 }
 
-func TestConnectionsOfTwoSandboxesAreAddedUp(t *testing.T) {
+// TestPodsByName holds the metrics of single pods: a pod with two sandboxes has
+// one series.
+func TestPodsByName(t *testing.T) {
 	const want = `
 # HELP sluice_connections_total TCP connections by what became of them: verdict is redirected, bypassed or denied.
 # TYPE sluice_connections_total counter
-sluice_connections_total{direction="outbound",namespace="shop",pod="web",reason="captured",verdict="redirected"} 7
+sluice_connections_total{direction="outbound",namespace="shop",pod="web",reason="captured",verdict="redirected",workload="web-app"} 7
+# HELP sluice_pod_info 1 for each redirected pod of this node.
+# TYPE sluice_pod_info gauge
+sluice_pod_info{namespace="shop",pod="web",workload="web-app"} 1
+# HELP sluice_pod_problems 1 for each pod of this node that is not as it asks to be; /readyz tells why.
+# TYPE sluice_pod_problems gauge
+sluice_pod_problems{namespace="shop",pod="broken",workload=""} 1
 `
-	if err := testutil.GatherAndCompare(register(t, fakeMeter{}), strings.NewReader(want), "sluice_connections_total"); err != nil {
+	if err := testutil.GatherAndCompare(register(t, fakeMeter{}), strings.NewReader(want), "sluice_connections_total", "sluice_pod_info", "sluice_pod_problems"); err != nil {
 		t.Error(err)
 	}
 }

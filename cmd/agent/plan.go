@@ -22,6 +22,7 @@ type view interface {
 	RoutesTo(namespace, service string) []*podwatch.HTTPRoute
 	RoutesReferring(namespace, service string) []*podwatch.HTTPRoute
 	ServicesSelecting(*podwatch.Pod) []*podwatch.Service
+	Services() []*podwatch.Service
 }
 
 // A planner turns what the source says into what redirection and the sidecars
@@ -59,7 +60,11 @@ func (p planner) namespace(v view, name string) *podwatch.Namespace {
 
 // workload returns what redirection is to do for a pod in its sandbox.
 func (p planner) workload(pod *podwatch.Pod, s sandbox) (redirect.Workload, error) {
-	policy, err := redirect.ParsePolicy(p.redirectDefault, pod.Annotations)
+	base := p.redirectDefault
+	if uid, ok := proxyUser(pod); ok {
+		base.ProxyUID = uid
+	}
+	policy, err := redirect.ParsePolicy(base, pod.Annotations)
 	if err != nil {
 		return redirect.Workload{}, fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
@@ -76,6 +81,28 @@ func (p planner) workload(pod *podwatch.Pod, s sandbox) (redirect.Workload, erro
 		Policy:     policy,
 	}, nil
 }
+
+// proxyUser returns the user that the pod says its proxy runs as. It is not ok if
+// the pod says nothing, or has another container run as the same, whose
+// connections would then pass for the proxy's.
+func proxyUser(pod *podwatch.Pod) (uid uint32, ok bool) {
+	i := slices.IndexFunc(pod.Containers, func(c podwatch.Container) bool { return isProxy(c.Name) })
+	if i < 0 {
+		return 0, false
+	}
+	user := pod.Containers[i].User
+	if user <= 0 || user >= int64(redirect.NoUID) {
+		return 0, false
+	}
+	for _, c := range pod.Containers {
+		if !isProxy(c.Name) && c.User == user {
+			return 0, false
+		}
+	}
+	return uint32(user), true
+}
+
+func isProxy(container string) bool { return container == "sluice-proxy" || container == "istio-proxy" }
 
 // sidecar returns what the pod's own Envoy needs beyond what all share.
 func (p planner) sidecar(v view, pod *podwatch.Pod, s sandbox) (xds.Pod, error) {
@@ -123,6 +150,9 @@ func parseOutboundPolicy(s string) (xds.OutboundPolicy, error) {
 func inboundPorts(v view, pod *podwatch.Pod) []xds.InboundPort {
 	ports := map[uint16]xds.Protocol{}
 	for _, c := range pod.Containers {
+		if isProxy(c.Name) {
+			continue // what the proxy itself listens on is nothing to lead to it
+		}
 		for _, cp := range c.Ports {
 			ports[cp.Port] = xds.DetectProtocol("", cp.Name, cp.Port)
 		}
@@ -186,19 +216,26 @@ func (p planner) service(v view, svc *podwatch.Service) (_ xds.Service, ok bool)
 			Name:      sp.Name,
 			Port:      sp.Port,
 			Protocol:  portProtocol(sp, sp.TargetPort),
-			Endpoints: p.endpoints(svc, sp, slicesOf),
+			Endpoints: p.endpoints(v, svc, sp, slicesOf),
 			Routes:    routesOf(v, svc, sp, routes),
 		})
 	}
 	return out, true
 }
 
+// A candidate is an endpoint that may be used, with its hints.
+type candidate struct {
+	xds.Endpoint
+	zones, nodes []string
+}
+
 // endpoints returns those endpoints of a service port that may get new
-// connections: the ready ones; while there is none, those that still serve
-// although they terminate, as kube-proxy does (KEP-1669). A dual-stack endpoint
-// counts once, with the address of the service's first family.
-func (p planner) endpoints(svc *podwatch.Service, sp podwatch.ServicePort, all []*podwatch.EndpointSlice) []xds.Endpoint {
-	var ready, draining []xds.Endpoint
+// connections, as kube-proxy chooses them: the ready ones, of these the ones
+// that are hinted for this node or its zone; while none is ready, those that
+// still serve although they terminate (KEP-1669). A dual-stack endpoint counts
+// once, with the address of the service's first family.
+func (p planner) endpoints(v view, svc *podwatch.Service, sp podwatch.ServicePort, all []*podwatch.EndpointSlice) []xds.Endpoint {
+	var ready, draining []candidate
 	for _, slice := range all {
 		i := slices.IndexFunc(slice.Ports, func(ep podwatch.EndpointPort) bool { return ep.Name == sp.Name })
 		if i < 0 {
@@ -208,25 +245,56 @@ func (p planner) endpoints(svc *podwatch.Service, sp podwatch.ServicePort, all [
 			if len(e.Addrs) == 0 || svc.InternalTrafficLocal && e.Node != p.node {
 				continue
 			}
-			x := xds.Endpoint{Addr: netip.AddrPortFrom(e.Addrs[0], slice.Ports[i].Port), Zone: e.Zone}
+			c := candidate{xds.Endpoint{Addr: netip.AddrPortFrom(e.Addrs[0], slice.Ports[i].Port), Zone: e.Zone}, e.ForZones, e.ForNodes}
 			switch {
 			case e.Ready && !e.Terminating:
-				ready = append(ready, x)
+				ready = append(ready, c)
 			case e.Serving && e.Terminating:
-				draining = append(draining, x)
+				draining = append(draining, c)
 			}
 		}
 	}
+	v6 := len(svc.ClusterIPs) > 0 && svc.ClusterIPs[0].Is6()
 	if len(ready) == 0 {
-		ready = draining
+		return xdsEndpoints(oneFamily(draining, v6))
 	}
-	return oneFamily(ready, len(svc.ClusterIPs) > 0 && svc.ClusterIPs[0].Is6())
+	ready = oneFamily(ready, v6)
+	if !svc.InternalTrafficLocal { // that is narrower already, and hints are not for it
+		ready = p.near(v, ready)
+	}
+	return xdsEndpoints(ready)
 }
 
-// oneFamily keeps the endpoints of one family, the other one if that has none,
-// sorted and without duplicates.
-func oneFamily(endpoints []xds.Endpoint, v6 bool) []xds.Endpoint {
-	var families [2][]xds.Endpoint
+// near keeps the endpoints that are hinted for this node, else those for its
+// zone. Hints count only if every endpoint has one and at least one is for here:
+// while they are being changed, and where there is nothing near, all are used.
+func (p planner) near(v view, all []candidate) []candidate {
+	keep := func(hints func(candidate) []string, here string) []candidate {
+		if here == "" || slices.ContainsFunc(all, func(c candidate) bool { return len(hints(c)) == 0 }) {
+			return nil
+		}
+		return slices.DeleteFunc(slices.Clone(all), func(c candidate) bool { return !slices.Contains(hints(c), here) })
+	}
+	if found := keep(func(c candidate) []string { return c.nodes }, p.node); len(found) > 0 {
+		return found
+	}
+	if found := keep(func(c candidate) []string { return c.zones }, p.zone(v)); len(found) > 0 {
+		return found
+	}
+	return all
+}
+
+// zone is where this node is, empty if that is not known.
+func (p planner) zone(v view) string {
+	if n, ok := get[*podwatch.Node](v, podwatch.Key{Kind: podwatch.KindNode, Name: p.node}); ok {
+		return n.Zone
+	}
+	return ""
+}
+
+// oneFamily keeps the endpoints of one family, the other one if that has none.
+func oneFamily(endpoints []candidate, v6 bool) []candidate {
+	var families [2][]candidate
 	for _, e := range endpoints {
 		i := 0
 		if e.Addr.Addr().Is6() != v6 {
@@ -234,9 +302,17 @@ func oneFamily(endpoints []xds.Endpoint, v6 bool) []xds.Endpoint {
 		}
 		families[i] = append(families[i], e)
 	}
-	out := families[0]
-	if len(out) == 0 {
-		out = families[1]
+	if len(families[0]) == 0 {
+		return families[1]
+	}
+	return families[0]
+}
+
+// xdsEndpoints returns the endpoints sorted and without duplicates.
+func xdsEndpoints(candidates []candidate) []xds.Endpoint {
+	var out []xds.Endpoint
+	for _, c := range candidates {
+		out = append(out, c.Endpoint)
 	}
 	slices.SortFunc(out, func(a, b xds.Endpoint) int { return a.Addr.Compare(b.Addr) })
 	return slices.CompactFunc(out, func(a, b xds.Endpoint) bool { return a.Addr == b.Addr })
@@ -349,6 +425,12 @@ func feeds(v view, key podwatch.Key) []podwatch.Key {
 		keys := []podwatch.Key{key}
 		for _, r := range v.RoutesReferring(key.Namespace, key.Name) {
 			keys = append(keys, parentServices(r)...)
+		}
+		return keys
+	case podwatch.KindNode: // the endpoints near it are others when its zone changes
+		var keys []podwatch.Key
+		for _, svc := range v.Services() {
+			keys = append(keys, svc.Key())
 		}
 		return keys
 	case podwatch.KindEndpointSlice:

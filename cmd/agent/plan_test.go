@@ -181,11 +181,62 @@ func TestSandboxNetwork(t *testing.T) {
 	}
 }
 
+// TestFeedsNode: a node's zone decides which endpoints every service has.
+func TestFeedsNode(t *testing.T) {
+	store := load(t, "testdata/plan/hints")
+	fed := feeds(store, podwatch.Key{Kind: podwatch.KindNode, Name: "node-a"})
+	if want := len(store.Services()); want == 0 || len(fed) != want {
+		t.Errorf("node-a feeds %d services, want all %d", len(fed), want)
+	}
+	here := func(node string) int {
+		svc, _ := podwatch.Get[*podwatch.Service](store, "shop", "zone-of-this-node")
+		s, _ := planner{node: node}.service(store, svc)
+		return len(s.Ports[0].Endpoints)
+	}
+	for node, want := range map[string]int{"node-a": 2, "node-b": 2, "of no zone": 3} {
+		if got := here(node); got != want {
+			t.Errorf("%s: %d endpoints, want %d", node, got, want)
+		}
+	}
+}
+
 // TestPortsAgree: the data plane leads to the ports that the sidecars listen on.
 func TestPortsAgree(t *testing.T) {
 	want := []uint16{redirect.AdminPort, redirect.OutboundPort, redirect.InboundPort, redirect.HealthPort}
 	got := []uint16{xds.PortAdmin, xds.PortOutbound, xds.PortInbound, xds.PortHealth}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("ports of redirection and of xDS, -want +got:\n%s", diff)
+	}
+}
+
+// TestProxyUser: without an annotation the proxy is known by the user that the
+// pod has it run as, but never by one that the application has as well.
+func TestProxyUser(t *testing.T) {
+	fallback := redirect.DefaultPolicy().ProxyUID
+	proxy, app := podwatch.Container{Name: "sluice-proxy", User: 2337}, podwatch.Container{Name: "app", User: 1000}
+	box := sandbox{Attachments: map[string]attachment{"eth0": {Interfaces: []cniapi.Interface{{Name: "eth0", Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.5")}}}}}}
+	for name, tc := range map[string]struct {
+		containers  []podwatch.Container
+		annotations map[string]string
+		want        uint32
+	}{
+		"said":             {[]podwatch.Container{proxy, app}, nil, 2337},
+		"annotation wins":  {[]podwatch.Container{proxy, app}, map[string]string{"sluice.dev/proxy-uid": "2102"}, 2102},
+		"not said":         {[]podwatch.Container{{Name: "sluice-proxy"}, app}, nil, fallback},
+		"no proxy":         {[]podwatch.Container{app}, nil, fallback},
+		"also application": {[]podwatch.Container{proxy, app, {Name: "b", User: 2337}}, nil, fallback},
+		"nobody":           {[]podwatch.Container{{Name: "sluice-proxy", User: 1<<32 - 1}, app}, nil, fallback},
+		"too large":        {[]podwatch.Container{{Name: "sluice-proxy", User: 1<<32 + 1337}, app}, nil, fallback},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := planner{redirectDefault: redirect.DefaultPolicy()}
+			w, err := p.workload(&podwatch.Pod{Meta: podwatch.Meta{Annotations: tc.annotations}, Containers: tc.containers}, box)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if w.Policy.ProxyUID != tc.want {
+				t.Errorf("proxy is user %d, want %d", w.Policy.ProxyUID, tc.want)
+			}
+		})
 	}
 }

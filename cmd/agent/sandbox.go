@@ -1,16 +1,19 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -29,6 +32,9 @@ type sandbox struct {
 	PodUID      string `json:"podUID"`
 	Netns       string `json:"netns"`
 	NetnsInode  uint64 `json:"netnsInode"`
+	// Userns is the inode of the user namespace that the network namespace
+	// belongs to, 0 if that is the node's own.
+	Userns uint64 `json:"userns,omitempty"`
 	// Attachments are the CNI attachments by their IfName: most sandboxes have
 	// one, eth0.
 	Attachments map[string]attachment `json:"attachments"`
@@ -90,22 +96,37 @@ type sandboxes struct {
 }
 
 // lockState makes this process the one that uses the state directory, until it
-// calls unlock or ends. A second agent would take away what the first one does
-// for pods that only that one knows.
-func lockState(dir string) (unlock func(), err error) {
+// ends or calls unlock. For as long as wait it lets another one end that does.
+func lockState(ctx context.Context, dir string, wait time.Duration, log *slog.Logger) (unlock func(), err error) {
 	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open state directory %s: %w", dir, err)
 	}
-	err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
-	if errors.Is(err, unix.EWOULDBLOCK) {
-		err = errors.New("another sluice-agent is using it, end that first")
-	}
-	if err != nil {
+	ctx, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
+	retry := time.NewTicker(100 * time.Millisecond)
+	defer retry.Stop()
+	for waiting := false; ; waiting = true {
+		err = unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { _ = unix.Close(fd) }, nil
+		}
+		if errors.Is(err, unix.EWOULDBLOCK) && ctx.Err() == nil {
+			if !waiting {
+				log.Info("another sluice-agent uses the state directory: waiting for its end", "dir", dir, "longest", wait)
+			}
+			select {
+			case <-ctx.Done():
+			case <-retry.C:
+			}
+			continue
+		}
 		_ = unix.Close(fd)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = errors.New("another sluice-agent is using it, end that first")
+		}
 		return nil, fmt.Errorf("lock state directory %s: %w", dir, err)
 	}
-	return func() { _ = unix.Close(fd) }, nil
 }
 
 // loadSandboxes reads what an earlier agent left in dir, which is made if it is
@@ -207,5 +228,11 @@ func removeState(stateDir string) error {
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(left) > 0 {
 		return nil
 	}
-	return errors.Join(err, os.Remove(stateDir))
+	if err == nil {
+		err = os.Remove(stateDir)
+	}
+	if errors.Is(err, unix.EBUSY) {
+		return nil // it is mounted into this container, and stays with who mounted it
+	}
+	return err
 }

@@ -2,15 +2,19 @@ package main
 
 import (
 	"errors"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+	"github.com/sluicemesh/sluice/tests/need"
 )
 
 // TestOneAgentAtATime: a second agent on the same state would undo what the
@@ -28,7 +32,7 @@ func TestOneAgentAtATime(t *testing.T) {
 	if err := os.Mkdir(state, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	unlock, err := lockState(state)
+	unlock, err := lockState(t.Context(), state, 0, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -102,5 +106,36 @@ func TestSandboxesSurviveRestart(t *testing.T) {
 	}
 	if diff := cmp.Diff([]string{filepath.Join(dir, "lives.json"), filepath.Join(dir, "unseen.json")}, left); diff != "" {
 		t.Errorf("files left, -want +got:\n%s", diff)
+	}
+}
+
+// TestStateIsAMount: in a container the state directory is mounted and cannot be
+// removed, which is nothing to end with an error for.
+func TestStateIsAMount(t *testing.T) {
+	need.Root(t)
+	state := t.TempDir()
+	if err := os.Mkdir(filepath.Join(state, "sandboxes"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	failed := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and the thread ends, with its mounts
+		err := unix.Unshare(unix.CLONE_NEWNS)
+		if err == nil {
+			err = unix.Mount("none", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")
+		}
+		if err == nil {
+			err = unix.Mount(state, state, "", unix.MS_BIND, "")
+		}
+		if err == nil {
+			err = removeState(state)
+		}
+		failed <- err
+	}()
+	if err := <-failed; err != nil {
+		t.Error(err)
+	}
+	if left, err := os.ReadDir(state); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }

@@ -1,0 +1,148 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/sluicemesh/sluice/pkg/podwatch"
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
+	"github.com/sluicemesh/sluice/pkg/podwatch/podnetns"
+	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+)
+
+// A finder finds the network namespaces of pods, by UID. It may be called on any
+// goroutine.
+type finder func([]podnetns.Pod) (map[string]podnetns.Result, error)
+
+// findIn looks among the processes that the procfs at proc shows.
+func findIn(proc string) finder {
+	return func(pods []podnetns.Pod) (map[string]podnetns.Result, error) {
+		return podnetns.FindAll(podnetns.Options{Proc: proc, InNetns: netns.Do}, pods)
+	}
+}
+
+// strays returns the pods that are to be redirected and of which CNI has told
+// the agent nothing: they are older than it, or their records are lost. A pod
+// that is being added has no address in the source yet.
+func (a *agent) strays() []*podwatch.Pod {
+	if a.find == nil {
+		return nil
+	}
+	known := map[string]bool{}
+	for _, box := range a.boxes.byID {
+		known[box.PodUID] = true
+	}
+	var out []*podwatch.Pod
+	for _, pod := range a.store.Pods() {
+		if known[pod.RuntimeUID] || len(pod.Addrs) == 0 || pod.Finished {
+			continue
+		}
+		if on, err := a.planner.enabled(a.store, pod); err == nil && on {
+			out = append(out, pod)
+		}
+	}
+	return out
+}
+
+// adopt finds the sandboxes of strays and redirects them, beside the loop as far
+// as it takes long. What is not found is looked for again at the next check.
+func (a *agent) adopt(ctx context.Context) {
+	strays := a.strays()
+	if len(strays) == 0 || a.adopting {
+		return
+	}
+	a.adopting = true
+	a.background.Go(func() {
+		found, err := a.findSandboxes(strays)
+		_ = a.call(ctx, func() error { // fails only when ctx has ended
+			a.adopting = false
+			if err != nil {
+				a.log.Error("pods that are older than the agent cannot be looked for", "err", err)
+				a.problem("older pods", err)
+				return nil
+			}
+			a.problem("older pods", nil)
+			for _, pod := range strays {
+				a.settle(ctx, pod, found[pod.RuntimeUID])
+			}
+			return nil
+		})
+	})
+}
+
+func (a *agent) findSandboxes(pods []*podwatch.Pod) (map[string]podnetns.Result, error) {
+	wanted := make([]podnetns.Pod, len(pods))
+	for i, pod := range pods {
+		wanted[i] = podnetns.Pod{UID: pod.RuntimeUID, Addrs: pod.Addrs}
+	}
+	return a.find(wanted)
+}
+
+// settle makes a sandbox of what was found of a pod, as ADD would have.
+func (a *agent) settle(ctx context.Context, pod *podwatch.Pod, r podnetns.Result) {
+	object := "pod " + pod.Namespace + "/" + pod.Name
+	now, ok := get[*podwatch.Pod](a.store, pod.Key())
+	for _, box := range a.boxes.byID {
+		ok = ok && box.PodUID != pod.RuntimeUID // ADD was faster
+	}
+	if !ok || now.UID != pod.UID {
+		return
+	}
+	err := r.Err
+	if errors.Is(err, podnetns.ErrNotFound) {
+		return // it has not started, or ends
+	}
+	var userns uint64
+	if err == nil {
+		userns, err = netns.Userns(r.Path)
+	}
+	if err == nil {
+		box := sandbox{
+			ContainerID: r.SandboxID, Namespace: pod.Namespace, Name: pod.Name, PodUID: pod.RuntimeUID,
+			Netns: r.Path, NetnsInode: r.Inode, Userns: userns, Attachments: adoptedAttachments(r.Interfaces),
+		}
+		if box.ContainerID == "" {
+			box.ContainerID = "adopted-" + pod.RuntimeUID
+		}
+		if err = a.boxes.put(box); err == nil {
+			err = a.applyPod(ctx, box, time.Now())
+		}
+	}
+	ref := podwatch.PodRef{Namespace: pod.Namespace, Name: pod.Name, UID: pod.RuntimeUID}
+	if err != nil {
+		err = fmt.Errorf("redirect pod %s/%s, which is older than the agent: %w", pod.Namespace, pod.Name, err)
+		if a.saidOf(object) == err.Error() {
+			return // it is looked for again and again
+		}
+		a.log.Error("pod is not redirected", "pod", pod.Namespace+"/"+pod.Name, "err", err)
+		a.reporter.Event(ref, podwatch.EventWarning, reasonFailed, inOneLine(err.Error()))
+		a.problem(object, err)
+		return
+	}
+	a.adopted.Add(1)
+	a.log.Info("pod that is older than the agent is redirected", "pod", pod.Namespace+"/"+pod.Name, "netns", r.Path)
+	a.reporter.Event(ref, podwatch.EventNormal, reasonAdopted, "redirected although it started before the agent: new connections lead through the sidecar")
+}
+
+// saidOf returns what is wrong with an object, as problem noted it; empty if
+// nothing is.
+func (a *agent) saidOf(object string) string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.problems[object]
+}
+
+// adoptedAttachments are what CNI would have told. DEL will name the interface;
+// the network cannot be known, so that GC passes such sandboxes by.
+func adoptedAttachments(interfaces []podnetns.Interface) map[string]attachment {
+	var at attachment
+	for _, i := range interfaces {
+		at.Interfaces = append(at.Interfaces, cniapi.Interface{Name: i.Name, Addrs: i.Addrs})
+	}
+	if len(interfaces) == 0 {
+		return nil
+	}
+	return map[string]attachment{interfaces[0].Name: at}
+}
