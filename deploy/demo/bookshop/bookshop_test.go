@@ -5,6 +5,8 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -89,6 +91,99 @@ func TestFailuresAreCounted(t *testing.T) {
 	for text, n := range r.Errors {
 		if n != 5 || !strings.Contains(text, "502") {
 			t.Errorf("%d times %q, want 5 times 502", n, text)
+		}
+	}
+}
+
+// report asks a running load for its counts until ok is content with them.
+func report(t *testing.T, addr string, ok func(LoadReport) bool) LoadReport {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		resp, err := http.Get("http://" + addr + "/report")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var r LoadReport
+		err = json.NewDecoder(resp.Body).Decode(&r)
+		_ = resp.Body.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ok(r) {
+			return r
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("no end of waiting: %+v", r)
+		}
+	}
+}
+
+func TestLoad(t *testing.T) {
+	page := startServer(t, "details")
+	echo := startServer(t, "echo")
+	addr := startServer(t, "load", "--workers=2", "--pause=1ms",
+		"--load=kept=keepalive:http://"+page, "--load=new=fresh:http://"+page, "--load=long=stream:"+echo)
+	r := report(t, addr, func(r LoadReport) bool {
+		return r.Loads["kept"].Done > 20 && r.Loads["new"].Done > 20 && r.Loads["long"].Done > 20
+	})
+	for name, want := range map[string]int{"kept": 2, "long": 2, "new": r.Loads["new"].Done} {
+		c := r.Loads[name]
+		// A request of each worker may be under way.
+		if c.Failed != 0 || c.Connections < want || c.Connections > want+2 || c.Slowest == 0 || len(c.Peers) != 1 || c.Peers["127.0.0.1"] == 0 {
+			t.Errorf("%s: %+v, want %d connections", name, c, want)
+		}
+	}
+
+	resp, err := http.Get("http://" + addr + "/call?n=3&url=http://" + page)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	var call Report
+	if err := json.NewDecoder(resp.Body).Decode(&call); err != nil || call.Requests != 3 || call.Failed != 0 {
+		t.Errorf("/call: %+v, %v", call, err)
+	}
+}
+
+func TestLoadCountsFailures(t *testing.T) {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A server that breaks each stream in the second message.
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "peer\n")
+			_, _ = io.CopyN(c, c, messageSize)
+			_ = c.Close()
+		}
+	})
+	t.Cleanup(func() { _ = l.Close(); wg.Wait() })
+	addr := startServer(t, "load", "--pause=1ms", "--load=refused=fresh:http://127.0.0.1:1", "--load=cut=stream:"+l.Addr().String())
+	r := report(t, addr, func(r LoadReport) bool {
+		return r.Loads["refused"].Failed > 5 && r.Loads["cut"].Failed > 5
+	})
+	if c := r.Loads["refused"]; c.Done != 0 || len(c.Errors) != 1 {
+		t.Errorf("refused: %+v", c)
+	}
+	c := r.Loads["cut"]
+	if c.Connections < c.Failed || c.Done < c.Failed || c.LastError.Before(r.Started) {
+		t.Errorf("cut: %+v", c)
+	}
+}
+
+func TestLoadFlag(t *testing.T) {
+	for _, bad := range []string{"", "x", "x=fresh", "x=fresh:", "=fresh:http://y", "x=other:http://y"} {
+		if err := new(loadFlag).Set(bad); err == nil {
+			t.Errorf("--load=%s was taken", bad)
 		}
 	}
 }

@@ -1,6 +1,8 @@
 // Bookshop is the programs of Sluice's demo in one binary: productpage, details,
-// reviews and ratings, small servers that call each other over HTTP and gRPC,
-// and client, which puts load on them and counts.
+// reviews and ratings, small servers that call each other over HTTP and gRPC;
+// echo, a server that sends back what it gets; client, which puts load on them
+// and counts; and load, which does so for as long as it runs, with requests on
+// kept and on new connections and with streams to echo, and serves its counts.
 //
 // The programs are ordinary: they know nothing of Sluice, Envoy or any mesh and
 // address each other by host name. Each answer says which process gave it, who

@@ -11,7 +11,7 @@ import (
 	"syscall"
 )
 
-const usage = "usage: bookshop productpage|details|reviews|ratings|client [flags]"
+const usage = "usage: bookshop productpage|details|reviews|ratings|echo|client|load [flags]"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -32,6 +32,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if args[0] == "client" {
 		return runClient(ctx, fs, args[1:], stdout)
 	}
+	host, err := os.Hostname()
+	if err != nil {
+		return fmt.Errorf("read host name: %w", err)
+	}
+	s := server{name: args[0], version: "v1", host: host, stdout: stdout}
+	if s.name == "load" {
+		return s.runLoad(ctx, fs, args[1:])
+	}
 	listen := fs.String("listen", ":9080", "`address` to serve on")
 	version := fs.String("version", "v1", "version that answers name; reviews v1 does not ask ratings")
 	details := fs.String("details", "http://details:9080", "`URL` of details, for productpage")
@@ -40,11 +48,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err := fs.Parse(args[1:]); err != nil {
 		return err
 	}
-	host, err := os.Hostname()
-	if err != nil {
-		return fmt.Errorf("read host name: %w", err)
-	}
-	s := server{name: args[0], version: *version, host: host, listen: *listen, stdout: stdout}
+	s.version, s.listen = *version, *listen
 	switch s.name {
 	case "productpage":
 		return s.serveHTTP(ctx, productpage(*details, *reviews))
@@ -57,6 +61,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return s.serveReviews(ctx, *ratings)
 	case "ratings":
 		return s.serveRatings(ctx)
+	case "echo":
+		return s.serveEcho(ctx)
 	}
 	return fmt.Errorf("unknown program %q; %s", s.name, usage)
 }

@@ -9,6 +9,8 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -60,6 +62,7 @@ func (s server) serveRatings(ctx context.Context) error {
 	}
 	gs := grpc.NewServer()
 	gs.RegisterService(ratingsDesc(), s)
+	healthpb.RegisterHealthServer(gs, health.NewServer())
 	done := make(chan error, 1)
 	go func() { done <- gs.Serve(l) }()
 	select {

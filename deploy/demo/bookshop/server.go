@@ -96,11 +96,13 @@ func get(in *http.Request, client *http.Client, url string) (Call, error) {
 	return c, nil
 }
 
-// serveHTTP serves until ctx ends and then finishes open requests.
+// serveHTTP answers with what f calls, until ctx ends.
 func (s server) serveHTTP(ctx context.Context, f calls) error {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /", func(w http.ResponseWriter, r *http.Request) {
+	return s.serveMux(ctx, func(mux *http.ServeMux) { mux.HandleFunc("GET /", s.answer(f)) })
+}
+
+func (s server) answer(f calls) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		out, err := f(r)
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusBadGateway)
@@ -108,7 +110,15 @@ func (s server) serveHTTP(ctx context.Context, f calls) error {
 		}
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(Answer{Service: s.name, Version: s.version, Host: s.host, Peer: r.RemoteAddr, Calls: out})
-	})
+	}
+}
+
+// serveMux serves /healthz and what add adds until ctx ends and then finishes
+// open requests.
+func (s server) serveMux(ctx context.Context, add func(*http.ServeMux)) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	add(mux)
 	l, err := s.open(ctx)
 	if err != nil {
 		return err

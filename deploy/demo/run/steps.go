@@ -331,6 +331,7 @@ func scrape(ctx context.Context) (map[string]float64, error) {
 		}
 		delete(labels, "pod")
 		delete(labels, "namespace")
+		delete(labels, "workload")
 		var l []string
 		for _, k := range slices.Sorted(maps.Keys(labels)) {
 			l = append(l, k+"="+strconv.Quote(labels[k]))
