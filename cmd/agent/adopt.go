@@ -25,7 +25,8 @@ func findIn(proc string) finder {
 
 // strays returns the pods that are to be redirected and of which CNI has told
 // the agent nothing: they are older than it, or their records are lost. A pod
-// that is being added has no address in the source yet.
+// that is being added has no address in the source yet. Those that do not say
+// clearly what they want are told so.
 func (a *agent) strays() []*podwatch.Pod {
 	if a.find == nil {
 		return nil
@@ -39,12 +40,31 @@ func (a *agent) strays() []*podwatch.Pod {
 		if known[pod.RuntimeUID] || len(pod.Addrs) == 0 || pod.Finished {
 			continue
 		}
-		if on, err := a.planner.enabled(a.store, pod); err == nil && on {
+		switch on, err := a.planner.enabled(a.store, pod); {
+		case failureReason(err) == reasonBadAnnotation:
+			a.notAdopted(pod, reasonBadAnnotation, err)
+		case err != nil: // its namespace is not known yet
+		case on:
 			out = append(out, pod)
+		default:
+			a.problem(objectOf(pod), nil) // it may have had one before
 		}
 	}
 	return out
 }
+
+// notAdopted tells, once, why a stray is not redirected.
+func (a *agent) notAdopted(pod *podwatch.Pod, reason string, err error) {
+	if a.saidOf(objectOf(pod)) == err.Error() {
+		return // it is looked for again and again
+	}
+	a.log.Error("pod is not redirected", "pod", pod.Namespace+"/"+pod.Name, "err", err)
+	a.reporter.Event(podwatch.PodRef{Namespace: pod.Namespace, Name: pod.Name, UID: pod.RuntimeUID}, podwatch.EventWarning, reason, inOneLine(err.Error()))
+	a.problem(objectOf(pod), err)
+}
+
+// objectOf names a pod for problem.
+func objectOf(pod *podwatch.Pod) string { return "pod " + pod.Namespace + "/" + pod.Name }
 
 // adopt finds the sandboxes of strays and redirects them, beside the loop as far
 // as it takes long. What is not found is looked for again at the next check.
@@ -64,6 +84,17 @@ func (a *agent) adopt(ctx context.Context) {
 				return nil
 			}
 			a.problem("older pods", nil)
+			missing := map[string]time.Time{}
+			for _, pod := range strays {
+				if !errors.Is(found[pod.RuntimeUID].Err, podnetns.ErrNotFound) {
+					continue
+				}
+				missing[pod.RuntimeUID] = time.Now()
+				if since, before := a.missing[pod.RuntimeUID]; before {
+					missing[pod.RuntimeUID] = since
+				}
+			}
+			a.missing = missing
 			for _, pod := range strays {
 				a.settle(ctx, pod, found[pod.RuntimeUID])
 			}
@@ -80,9 +111,12 @@ func (a *agent) findSandboxes(pods []*podwatch.Pod) (map[string]podnetns.Result,
 	return a.find(wanted)
 }
 
+// missingFor is for how long a pod that is ready may not be found before that is a
+// problem: its last process may just end, or the source lag behind.
+const missingFor = 2 * healInterval
+
 // settle makes a sandbox of what was found of a pod, as ADD would have.
 func (a *agent) settle(ctx context.Context, pod *podwatch.Pod, r podnetns.Result) {
-	object := "pod " + pod.Namespace + "/" + pod.Name
 	now, ok := get[*podwatch.Pod](a.store, pod.Key())
 	for _, box := range a.boxes.byID {
 		ok = ok && box.PodUID != pod.RuntimeUID // ADD was faster
@@ -92,7 +126,9 @@ func (a *agent) settle(ctx context.Context, pod *podwatch.Pod, r podnetns.Result
 	}
 	err := r.Err
 	if errors.Is(err, podnetns.ErrNotFound) {
-		return // it has not started, or ends
+		if since, missing := a.missing[pod.RuntimeUID]; !now.Ready || !missing || time.Since(since) < missingFor {
+			return // it has not started, or ends
+		}
 	}
 	var userns uint64
 	if err == nil {
@@ -107,23 +143,16 @@ func (a *agent) settle(ctx context.Context, pod *podwatch.Pod, r podnetns.Result
 			box.ContainerID = "adopted-" + pod.RuntimeUID
 		}
 		if err = a.boxes.put(box); err == nil {
-			err = a.applyPod(ctx, box, time.Now())
+			err = a.applyPod(ctx, box.ContainerID, time.Now())
 		}
 	}
-	ref := podwatch.PodRef{Namespace: pod.Namespace, Name: pod.Name, UID: pod.RuntimeUID}
 	if err != nil {
-		err = fmt.Errorf("redirect pod %s/%s, which is older than the agent: %w", pod.Namespace, pod.Name, err)
-		if a.saidOf(object) == err.Error() {
-			return // it is looked for again and again
-		}
-		a.log.Error("pod is not redirected", "pod", pod.Namespace+"/"+pod.Name, "err", err)
-		a.reporter.Event(ref, podwatch.EventWarning, reasonFailed, inOneLine(err.Error()))
-		a.problem(object, err)
+		a.notAdopted(pod, reasonFailed, fmt.Errorf("redirect pod %s/%s, which is older than the agent: %w", pod.Namespace, pod.Name, err))
 		return
 	}
 	a.adopted.Add(1)
 	a.log.Info("pod that is older than the agent is redirected", "pod", pod.Namespace+"/"+pod.Name, "netns", r.Path)
-	a.reporter.Event(ref, podwatch.EventNormal, reasonAdopted, "redirected although it started before the agent: new connections lead through the sidecar")
+	a.reporter.Event(podwatch.PodRef{Namespace: pod.Namespace, Name: pod.Name, UID: pod.RuntimeUID}, podwatch.EventNormal, reasonAdopted, "redirected although it started before the agent: new connections lead through the sidecar")
 }
 
 // saidOf returns what is wrong with an object, as problem noted it; empty if

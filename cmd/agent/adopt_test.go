@@ -142,6 +142,59 @@ func TestStrayIsToldOnce(t *testing.T) {
 	}
 }
 
+// An older pod that is ready, and of which for a while no process is found, is a
+// problem: its traffic goes past its proxy.
+func TestOlderPodStaysMissing(t *testing.T) {
+	ready := older("old")
+	ready.Ready = true
+	for name, test := range map[string]struct {
+		pod   *podwatch.Pod
+		since time.Duration
+		want  int
+	}{
+		"ready, and missing for long": {ready, 2 * missingFor, 1},
+		"missing for a moment":        {ready, missingFor / 2, 0},
+		"not ready":                   {older("old"), 2 * missingFor, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := readyNode(t, shop())
+			n.update(test.pod)
+			mustCall(t, n, func() {
+				n.missing = map[string]time.Time{test.pod.RuntimeUID: time.Now().Add(-test.since)}
+				for range 2 { // it is told once
+					n.agent.settle(t.Context(), test.pod, podnetns.Result{Err: podnetns.ErrNotFound})
+				}
+			})
+			if got := n.j.reported(); len(got) != test.want {
+				t.Errorf("told %q, want %d", got, test.want)
+			}
+			if _, problems := n.report(); len(problems) != test.want {
+				t.Errorf("problems: %q", problems)
+			}
+		})
+	}
+}
+
+// An older pod that does not say clearly whether it is to be redirected is told.
+func TestOlderPodWithABadLabel(t *testing.T) {
+	n := newNode(t)
+	n.find = func([]podnetns.Pod) (map[string]podnetns.Result, error) { return nil, nil }
+	bad := older("old")
+	bad.Labels = map[string]string{redirect.RedirectKey: "on"}
+	n.update(shop(), bad)
+	n.store.SetSynced()
+	n.settle(t, "ready")
+	if _, problems := n.report(); !strings.Contains(problems["pod shop/old"], redirect.RedirectKey) {
+		t.Errorf("problems: %q", problems)
+	}
+	off := older("old")
+	off.Labels = map[string]string{redirect.RedirectKey: redirect.RedirectDisabled}
+	n.change(t, "share service/shop/mark", off, newService("mark", 80))
+	if _, problems := n.report(); len(problems) > 0 {
+		t.Errorf("problems after it was mended: %q", problems)
+	}
+}
+
 // The proxy of a pod with a user namespace of its own is known once it asks.
 func TestUserNamespace(t *testing.T) {
 	web := newPod("shop", "web")
@@ -165,7 +218,7 @@ func TestUserNamespace(t *testing.T) {
 		if err := n.boxes.put(box); err != nil {
 			return err
 		}
-		return n.applyPod(t.Context(), box, time.Now())
+		return n.applyPod(t.Context(), box.ContainerID, time.Now())
 	}); err != nil {
 		t.Fatal(err)
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/sluicemesh/sluice/pkg/podwatch"
+	"github.com/sluicemesh/sluice/pkg/podwatch/cniapi"
 	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/pkg/xds"
@@ -84,9 +85,12 @@ type agent struct {
 	// background are errands of the loop and of those who ask the agent; they end
 	// with their context, and are waited for once nobody asks any more.
 	background sync.WaitGroup
+	awaiting   map[string]bool // sandboxes whose turn applySoon awaits
 	adopting   bool
+	missing    map[string]time.Time // older pods that were not found, by UID, and since when
 	adopted    atomic.Int64
 	drained    struct{ told, failed atomic.Uint64 }
+	turned     atomic.Int64 // when the loop last did, in ns since 1970; 0: it has not begun
 
 	mu       sync.Mutex
 	problems map[string]string // by object, for /readyz and metrics
@@ -119,6 +123,7 @@ func (a *agent) Run(ctx context.Context) error {
 	var others sync.WaitGroup // they end with ctx
 	defer others.Wait()
 	for {
+		a.turned.Store(time.Now().UnixNano())
 		select {
 		case <-ctx.Done():
 			return nil
@@ -318,11 +323,12 @@ func (a *agent) heal(ctx context.Context, s survey) {
 	a.problem("redirection", nil)
 }
 
-// healBox is heal for one sandbox.
+// healBox is heal for one sandbox. One whose turn is another operation's is
+// brought to what is wanted by that.
 func (a *agent) healBox(ctx context.Context, containerID string, s survey) error {
-	end, err := a.turn(ctx, containerID)
-	if err != nil {
-		return err
+	end := a.turns.Try(containerID)
+	if end == nil {
+		return nil
 	}
 	defer end()
 	box, known := a.boxes.byID[containerID]
@@ -333,7 +339,7 @@ func (a *agent) healBox(ctx context.Context, containerID string, s survey) error
 		a.forget(ctx, box)
 		return nil
 	}
-	err = a.bring(ctx, box, time.Now(), s)
+	err := a.bring(ctx, box, time.Now(), s)
 	if err == nil {
 		return nil
 	}
@@ -372,14 +378,14 @@ func (a *agent) orphans(installed []redirect.Installed) (ids []redirect.ID, err 
 // apply does what the changed objects ask for, and no more.
 func (a *agent) apply(ctx context.Context, keys []podwatch.Key, since time.Time) {
 	services := map[podwatch.Key]bool{}
-	boxes := map[string]sandbox{}
+	boxes := map[string]bool{}
 	for _, key := range keys {
 		for _, s := range a.remember(key) {
 			services[s] = true
 		}
 		concerned := a.concerned(key)
 		for _, box := range concerned {
-			boxes[box.ContainerID] = box
+			boxes[box.ContainerID] = true
 		}
 		if _, exists := a.store.Get(key); key.Kind == podwatch.KindPod && !exists && len(concerned) == 0 {
 			a.problem("pod "+key.Namespace+"/"+key.Name, nil) // it was never brought here
@@ -390,10 +396,8 @@ func (a *agent) apply(ctx context.Context, keys []podwatch.Key, since time.Time)
 		dirty = append(dirty, key)
 	}
 	a.applyServices(dirty, since)
-	for _, box := range boxes {
-		if err := a.applyPod(ctx, box, since); err != nil {
-			a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
-		}
+	for id := range boxes {
+		a.applySoon(ctx, id, since)
 	}
 	if slices.ContainsFunc(keys, func(k podwatch.Key) bool { return k.Kind == podwatch.KindPod || k.Kind == podwatch.KindNamespace }) {
 		a.adopt(ctx)
@@ -458,15 +462,37 @@ func (a *agent) applyServices(keys []podwatch.Key, since time.Time) {
 	}
 }
 
+// applySoon brings one sandbox to what its pod asks for, beside the loop: while
+// the kernel works for one pod, or its turn is another operation's, all others
+// must go on, the endpoints above all.
+func (a *agent) applySoon(ctx context.Context, containerID string, since time.Time) {
+	if a.awaiting[containerID] {
+		return // it will see this change, too
+	}
+	a.awaiting[containerID] = true
+	a.background.Go(func() {
+		ctx, cancel := context.WithTimeout(ctx, cniapi.ServerWorkBudget)
+		defer cancel()
+		_ = a.call(ctx, func() error { // fails only when ctx has ended
+			err := a.applyPod(ctx, containerID, since)
+			if box, known := a.boxes.byID[containerID]; err != nil && known {
+				a.log.Error("pod is not redirected as its source says", "pod", box.Namespace+"/"+box.Name, "err", err)
+			}
+			return nil
+		})
+	})
+}
+
 // applyPod brings one sandbox, if it is still there in its turn, to what its pod
 // asks for.
-func (a *agent) applyPod(ctx context.Context, box sandbox, since time.Time) error {
-	end, err := a.turn(ctx, box.ContainerID)
+func (a *agent) applyPod(ctx context.Context, containerID string, since time.Time) error {
+	end, err := a.turn(ctx, containerID)
+	delete(a.awaiting, containerID)
 	if err != nil {
 		return err
 	}
 	defer end()
-	box, known := a.boxes.byID[box.ContainerID]
+	box, known := a.boxes.byID[containerID]
 	if !known {
 		return nil
 	}
@@ -602,7 +628,7 @@ func (a *agent) refused(ctx context.Context, id string) {
 			for _, box := range a.boxes.all() {
 				if state := a.pods[box.ContainerID]; box.id().String() == id && box.Userns != 0 &&
 					state != nil && state.hostUIDs == nil {
-					return a.applyPod(ctx, box, time.Now())
+					return a.applyPod(ctx, box.ContainerID, time.Now())
 				}
 			}
 			return nil
@@ -623,6 +649,8 @@ func (a *agent) drainOnce(ctx context.Context, box sandbox, state *podState) {
 		if err := a.drain(ctx, box.target()); err != nil && !errors.Is(err, redirect.ErrGone) && ctx.Err() == nil {
 			a.log.Warn("sidecar of a pod that ends is not told", "pod", box.Namespace+"/"+box.Name, "err", err)
 			a.drained.failed.Add(1)
+			// Once more at the next change or check, if the pod is still there then.
+			_ = a.call(ctx, func() error { state.drained = false; return nil })
 		} else if err == nil {
 			a.drained.told.Add(1)
 		}

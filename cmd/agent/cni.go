@@ -45,6 +45,12 @@ func (a *agent) Add(ctx context.Context, at cniapi.Attachment) error {
 	if err != nil {
 		return err
 	}
+	// So may it of the namespace, which may ask for redirection on the pod's behalf.
+	if a.planner.namespaces {
+		if err := a.store.WaitNamespace(asking, at.PodNamespace); err != nil {
+			return fmt.Errorf("add pod %s/%s: %w", at.PodNamespace, at.PodName, err)
+		}
+	}
 	return a.inTurn(ctx, at.ContainerID, func() error {
 		box, known := a.boxes.byID[at.ContainerID]
 		if !known || box.NetnsInode != inode {

@@ -263,7 +263,7 @@ func newNode(t *testing.T) *testNode {
 		cutOff: silent.Load,
 		lock:   make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()),
 		started: make(chan struct{}), boxes: boxes, pods: map[string]*podState{},
-		fed: map[podwatch.Key][]podwatch.Key{}, problems: map[string]string{},
+		fed: map[podwatch.Key][]podwatch.Key{}, awaiting: map[string]bool{}, problems: map[string]string{},
 	}}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -313,8 +313,15 @@ func (n *testNode) settle(t *testing.T, until string) {
 	t.Helper()
 	n.j.await(t, until)
 	var boxes []sandbox
-	if err := n.call(t.Context(), func() error { boxes = n.boxes.all(); return nil }); err != nil {
-		t.Fatal(err)
+	awaiting := 1
+	deadline := time.Now().Add(20 * time.Second)
+	for ; awaiting > 0; time.Sleep(time.Millisecond) {
+		if err := n.call(t.Context(), func() error { boxes, awaiting = n.boxes.all(), len(n.awaiting); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d pods still await their turn", awaiting)
+		}
 	}
 	for _, box := range boxes {
 		if err := n.inTurn(t.Context(), box.ContainerID, func() error { return nil }); err != nil {
@@ -517,6 +524,64 @@ func TestAddWaitsForThePod(t *testing.T) {
 		t.Fatalf("Add: %v", err)
 	}
 	n.wantLeft(t, whole())
+}
+
+// So it may be with the Namespace, which may ask for redirection on the pod's
+// behalf: in a cluster there is one.
+func TestAddWaitsForTheNamespace(t *testing.T) {
+	web := newPod("shop", "web")
+	delete(web.Labels, redirect.RedirectKey)
+	n := readyNode(t, web)
+	mustCall(t, n, func() { n.planner.namespaces = true })
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	wantError(t, n.Add(ctx, attach(web)), "shop/web", "namespace shop", "not known to the source")
+	n.wantLeft(t, left{})
+
+	added := make(chan error, 1)
+	go func() { added <- n.Add(t.Context(), attach(web)) }()
+	n.update(shop())
+	if err := <-added; err != nil {
+		t.Fatalf("Add: %v", err)
+	}
+	n.wantLeft(t, whole())
+
+	// It may be gone before the last of its pods: those stay as they are.
+	n.store.Update([]podwatch.Change{{Key: shop().Key()}})
+	n.change(t, "share service/shop/a", newService("a", 80))
+	n.wantLeft(t, whole())
+}
+
+// Endpoints reach the sidecars while the kernel works for a pod, and a pod whose
+// turn is another operation's is seen to afterwards.
+func TestEndpointsDoNotWaitForPods(t *testing.T) {
+	web, busy := newPod("shop", "web"), newPod("shop", "busy")
+	n := readyNode(t, shop(), web, busy)
+	mustAdd(t, n, attach(web))
+	mustAdd(t, n, attach(busy))
+	const port = "sluice.dev/exclude-outbound-ports"
+	letGo := n.j.hold("redirect uid-busy")
+	n.j.reset()
+	n.update(newPod("shop", "busy", port, "1"))
+	n.j.await(t, "redirect uid-busy") // it is in the kernel
+	n.update(newPod("shop", "busy", port, "2"), newPod("shop", "web", port, "2"), newService("late", 80))
+	n.j.await(t, "share service/shop/late")
+	n.j.await(t, "redirect uid-web")
+	letGo()
+	n.settle(t, "redirect uid-busy")
+	mustCall(t, n, func() {
+		if got := n.pods["box-busy"].workload.Policy.Outbound.ExcludePorts.List; !slices.Equal(got, []uint16{2}) {
+			t.Errorf("excluded ports of the busy pod: %v", got)
+		}
+	})
+}
+
+// mustCall runs f under the agent's lock.
+func mustCall(t *testing.T, n *testNode, f func()) {
+	t.Helper()
+	if err := n.call(t.Context(), func() error { f(); return nil }); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestAddFails(t *testing.T) {

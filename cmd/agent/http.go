@@ -90,8 +90,17 @@ func writeChecks(w http.ResponseWriter, checks []check) {
 	_, _ = w.Write([]byte(b.String()))
 }
 
-// alive says whether the agent's loop still turns.
+// stuckAfter is for how long the agent's loop may be busy: it turns at least once a
+// healInterval, and then may have all of the node's pods to mend.
+const stuckAfter = 5 * time.Minute
+
+// alive says whether the agent's loop still turns and its lock can be had.
 func (a *agent) alive(ctx context.Context) error {
+	if last := a.turned.Load(); last != 0 {
+		if since := time.Since(time.Unix(0, last)); since > stuckAfter {
+			return fmt.Errorf("the agent's loop has been at one thing for %s", since.Round(time.Second))
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	return a.call(ctx, func() error { return nil })

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"io"
 	"log/slog"
@@ -38,6 +39,22 @@ func TestChecksAreWritten(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An agent whose loop is stuck, or whose lock cannot be had, is not alive.
+func TestAlive(t *testing.T) {
+	n := readyNode(t)
+	if err := n.alive(t.Context()); err != nil {
+		t.Errorf("a healthy agent: %v", err)
+	}
+	n.turned.Store(time.Now().Add(-2 * stuckAfter).UnixNano())
+	wantError(t, n.alive(t.Context()), "loop")
+	n.turned.Store(time.Now().UnixNano())
+	mustCall(t, n, func() {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+		defer cancel()
+		wantError(t, n.alive(ctx), "wait for the agent")
+	})
 }
 
 // TestConnectionsEnd: who sends nothing, half a request, or nothing more, is

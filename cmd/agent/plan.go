@@ -33,6 +33,10 @@ type planner struct {
 	outboundPolicy  xds.OutboundPolicy
 	redirectDefault redirect.Policy
 	excluded        []string // namespaces that are never redirected
+	// namespaces says that every pod's Namespace is in the source, as it is in a
+	// cluster: one that is missing is not known yet, or no more, and could ask for
+	// anything. A directory may do without them.
+	namespaces bool
 }
 
 // enabled says whether the pod's traffic is to be redirected.
@@ -44,18 +48,27 @@ func (p planner) enabled(v view, pod *podwatch.Pod) (bool, error) {
 	for i, c := range pod.Containers {
 		containers[i] = c.Name
 	}
-	on, err := redirect.CaptureEnabled(pod.Labels, pod.Annotations, p.namespace(v, pod.Namespace).Labels, containers)
+	ns, err := p.namespace(v, pod.Namespace)
+	if err != nil {
+		return false, fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	on, err := redirect.CaptureEnabled(pod.Labels, pod.Annotations, ns.Labels, containers)
 	if err != nil {
 		return false, fmt.Errorf("pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
 	return on, nil
 }
 
-func (p planner) namespace(v view, name string) *podwatch.Namespace {
-	if ns, ok := get[*podwatch.Namespace](v, podwatch.Key{Kind: podwatch.KindNamespace, Name: name}); ok {
-		return ns
+// namespace returns a pod's Namespace, an empty one where none need be.
+func (p planner) namespace(v view, name string) (*podwatch.Namespace, error) {
+	ns, ok := get[*podwatch.Namespace](v, podwatch.Key{Kind: podwatch.KindNamespace, Name: name})
+	switch {
+	case ok:
+		return ns, nil
+	case p.namespaces:
+		return nil, fmt.Errorf("namespace %s is not known to the source", name)
 	}
-	return &podwatch.Namespace{}
+	return &podwatch.Namespace{}, nil
 }
 
 // workload returns what redirection is to do for a pod in its sandbox.
@@ -124,7 +137,11 @@ func (p planner) sidecar(v view, pod *podwatch.Pod, s sandbox) (xds.Pod, error) 
 func (p planner) outbound(v view, pod *podwatch.Pod) (xds.OutboundPolicy, error) {
 	object, value := "pod "+pod.Namespace+"/"+pod.Name, pod.Annotations[outboundPolicyAnnotation]
 	if value == "" {
-		object, value = "namespace "+pod.Namespace, p.namespace(v, pod.Namespace).Annotations[outboundPolicyAnnotation]
+		ns, err := p.namespace(v, pod.Namespace)
+		if err != nil {
+			return "", err
+		}
+		object, value = "namespace "+pod.Namespace, ns.Annotations[outboundPolicyAnnotation]
 	}
 	if value == "" {
 		return p.outboundPolicy, nil

@@ -277,8 +277,8 @@ func TestBadProxiesHideNoOther(t *testing.T) {
 		sidecars[pod] = b.proxy
 	}
 	p := newFakeProxies(t, sidecars)
-	p.limits.each = 300 * time.Millisecond
-	p.limits.body = 1 << 20
+	p.limits.each = 2 * time.Second
+	p.limits.body = 1 << 18
 	families := parseMetrics(t, getProxies(t, p, "").Body.String())
 	for pod := range sidecars {
 		want := 0.0

@@ -102,11 +102,12 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 		planner: planner{
 			node: c.node, outboundPolicy: c.outboundPolicy,
 			redirectDefault: redirect.DefaultPolicy(), excluded: c.excludeNamespaces,
+			namespaces: from.health != nil,
 		},
 		redirector: chosen, translator: translator, setPodAddrs: from.setPodAddrs, cutOff: from.cutOff,
 		reporter: from.reporter, backend: chosen,
 		lock: make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()), started: make(chan struct{}),
-		boxes: boxes, pods: map[string]*podState{}, fed: map[podwatch.Key][]podwatch.Key{},
+		boxes: boxes, pods: map[string]*podState{}, awaiting: map[string]bool{}, fed: map[podwatch.Key][]podwatch.Key{},
 		problems: map[string]string{},
 	}
 	if from.health != nil { // a directory's pods have no processes that could be found

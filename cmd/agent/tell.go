@@ -14,6 +14,7 @@ import (
 // reports nothing.
 type reporter interface {
 	Report(pod podwatch.PodRef, c podwatch.Condition)
+	Withdraw(pod podwatch.PodRef, c podwatch.Condition)
 	Event(pod podwatch.PodRef, kind, reason, message string)
 }
 
@@ -76,10 +77,12 @@ func (a *agent) tell(box sandbox, state *podState, err, partly error) {
 			state.told.fallback = true
 			a.reporter.Event(pod, podwatch.EventWarning, reasonFallback, fmt.Sprintf("redirected by %s: %s", used, why))
 		}
-	case state.told.condition != podwatch.Condition{}:
-		c = podwatch.Condition{Reason: reasonNotRequested, Message: "the pod no longer asks to be redirected"}
 	default:
-		return
+		c = podwatch.Condition{Reason: reasonNotRequested, Message: "the pod no longer asks to be redirected"}
+		if state.told.condition == (podwatch.Condition{}) {
+			a.reporter.Withdraw(pod, c) // what an earlier agent said
+			return
+		}
 	}
 	if c != state.told.condition {
 		state.told.condition = c
@@ -98,7 +101,11 @@ func (a *agent) tellRejections() {
 	}
 }
 
+// failureReason is the reason that goes with an error, empty for nil.
 func failureReason(err error) string {
+	if err == nil {
+		return ""
+	}
 	var bad *redirect.AnnotationError
 	if errors.As(err, &bad) {
 		return reasonBadAnnotation

@@ -18,6 +18,10 @@ func (r fakeReporter) Report(pod podwatch.PodRef, c podwatch.Condition) {
 	r.j.told(fmt.Sprintf("%s/%s %s is %t: %s: %s", pod.Namespace, pod.Name, pod.UID, c.Status, c.Reason, c.Message))
 }
 
+func (r fakeReporter) Withdraw(pod podwatch.PodRef, c podwatch.Condition) {
+	r.j.told(fmt.Sprintf("%s/%s %s has no condition but %s", pod.Namespace, pod.Name, pod.UID, c.Reason))
+}
+
 func (r fakeReporter) Event(pod podwatch.PodRef, kind, reason, message string) {
 	r.j.told(fmt.Sprintf("%s/%s %s %s %s: %s", pod.Namespace, pod.Name, pod.UID, kind, reason, message))
 }
@@ -78,12 +82,14 @@ func TestWhatIsToldOfAPod(t *testing.T) {
 	compare("switched off", "shop/web uid-web is false: NotRequested: the pod no longer asks to be redirected")
 }
 
-// A pod that is to be left alone gets no condition.
+// A pod that is to be left alone gets no condition, and loses the one that an
+// earlier agent gave it.
 func TestNothingIsToldOfOthers(t *testing.T) {
 	web := newPod("other", "web")
 	n := readyNode(t, web, &podwatch.Namespace{Meta: podwatch.Meta{Name: "other"}})
 	mustAdd(t, n, attach(web))
-	if got := n.j.reported(); got != nil {
-		t.Errorf("told %q", got)
+	want := []string{"other/web uid-web has no condition but NotRequested"}
+	if diff := cmp.Diff(want, n.j.reported()); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
 	}
 }

@@ -302,9 +302,13 @@ func (k *Kubernetes) followRoutes(ctx context.Context) {
 		end = func() {}
 		if reading = now; now != "" {
 			end = k.readRoutes(ctx)
-		} else {
+			continue
+		}
+		mu.Lock()
+		if defined == "" { // else it was added again meanwhile
 			k.health.forget(KindHTTPRoute)
 		}
+		mu.Unlock()
 	}
 }
 

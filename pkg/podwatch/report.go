@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -125,6 +126,19 @@ func (r *Reporter) Report(pod PodRef, c Condition) {
 	}
 	r.wanted[pod] = c
 	signal(r.wakeConditions)
+}
+
+// Withdraw is Report for a pod that has no such condition unless an earlier agent
+// gave it one: then that is replaced, else nothing happens.
+func (r *Reporter) Withdraw(pod PodRef, c Condition) {
+	if r == nil {
+		return
+	}
+	if p := r.target(pod); p != nil {
+		if _, has := r.source.conditions.of(nsName{pod.Namespace, pod.Name}, p.UID); has {
+			r.Report(pod, c)
+		}
+	}
 }
 
 // Event tells what happened to a pod. kind is EventNormal or EventWarning, reason
@@ -297,6 +311,9 @@ func retriable(err error) bool {
 	case http.StatusUnauthorized, http.StatusForbidden:
 		// For a moment after its start the server knows of no role.
 		return true
+	case http.StatusConflict:
+		// Others write the pod without pause. Another pod of its name is no error.
+		return true
 	default:
 		return code >= http.StatusInternalServerError || code == http.StatusTooManyRequests
 	}
@@ -358,7 +375,7 @@ func (r *Reporter) sendCondition(ctx context.Context, ref PodRef, c Condition) (
 	err = r.source.access.report.Patch(types.StrategicMergePatchType).
 		Namespace(ref.Namespace).Resource("pods").Name(ref.Name).SubResource("status").
 		Body(body).Do(ctx).Error()
-	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) && strings.Contains(err.Error(), "UID in precondition") {
 		return false, nil // the pod is gone, and another one may be there
 	}
 	if err != nil {

@@ -154,6 +154,45 @@ func TestReportOtherPod(t *testing.T) {
 	}
 }
 
+// TestReportConflict: a pod that others write all the time gets its condition as
+// soon as it can be had.
+func TestReportConflict(t *testing.T) {
+	api := shopAPI(t)
+	api.refuse["patch pods/status"] = http.StatusConflict
+	k := startK8s(t, api)
+	k.waitSynced()
+	r := startReporter(t, k)
+	r.Report(webRef, good)
+	eventually(t, "attempts", func() bool { return r.Stats().Failed > 1 })
+	api.set(func() { clear(api.refuse) })
+	idle(t, r)
+	if api.condition("web") == nil {
+		t.Error("no condition")
+	}
+}
+
+// TestWithdraw: only a pod that has the condition is told that it has it no more.
+func TestWithdraw(t *testing.T) {
+	api := shopAPI(t)
+	api.put(apiPod("other", "n1", func(p *corev1.Pod) {
+		p.Status.Conditions = []corev1.PodCondition{{Type: ConditionRedirected, Status: corev1.ConditionTrue, Reason: good.Reason, Message: good.Message}}
+	}))
+	k := startK8s(t, api)
+	k.waitSynced()
+	r := startReporter(t, k)
+	off := Condition{Reason: "NotRequested", Message: "no more"}
+	r.Withdraw(webRef, off)
+	r.Withdraw(PodRef{"shop", "other", "uid-other"}, off)
+	r.Withdraw(PodRef{"shop", "absent", "x"}, off)
+	idle(t, r)
+	if c := api.condition("other"); c == nil || c.Status != corev1.ConditionFalse || c.Reason != off.Reason {
+		t.Errorf("condition = %+v, want %+v", c, off)
+	}
+	if n, c := api.count("patch pods/status"), api.condition("web"); n != 1 || c != nil {
+		t.Errorf("%d patches, want 1; condition of the other pod %+v", n, c)
+	}
+}
+
 // TestReportRetries: while the server is away only the last state of each pod is
 // kept, and it is sent when the server is back.
 func TestReportRetries(t *testing.T) {

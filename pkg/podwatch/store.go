@@ -347,7 +347,8 @@ func (s *Store) ServicesSelecting(p *Pod) []*Service {
 // after it, is not it (see IsPod). The error names the pod and wraps that of ctx.
 func (s *Store) WaitPod(ctx context.Context, namespace, name, uid string) (*Pod, error) {
 	for {
-		p, updated := s.podOrNext(namespace, name)
+		o, updated := s.objectOrNext(Key{KindPod, namespace, name})
+		p, _ := o.(*Pod)
 		if p != nil && s.IsPod(p, uid) {
 			return p, nil
 		}
@@ -369,16 +370,31 @@ func (s *Store) IsPod(p *Pod, uid string) bool {
 	return uid == "" || !s.clusterUIDs.Load() || uid == p.RuntimeUID || uid == p.UID
 }
 
-// podOrNext returns the pod, nil if there is none, and a channel that is closed
-// at the next change.
-func (s *Store) podOrNext(namespace, name string) (*Pod, <-chan struct{}) {
+// WaitNamespace returns as soon as the Store has the Namespace; an error names it
+// when ctx ends before.
+func (s *Store) WaitNamespace(ctx context.Context, name string) error {
+	for {
+		o, updated := s.objectOrNext(Key{Kind: KindNamespace, Name: name})
+		if o != nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait for namespace %s: not known to the source: %w", name, ctx.Err())
+		case <-updated:
+		}
+	}
+}
+
+// objectOrNext returns the object, nil if there is none, and a channel that is
+// closed at the next change.
+func (s *Store) objectOrNext(key Key) (Object, <-chan struct{}) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p, _ := s.objects[KindPod][nsName{namespace, name}].(*Pod)
 	if s.updated == nil {
 		s.updated = make(chan struct{})
 	}
-	return p, s.updated
+	return s.objects[key.Kind][nsName{key.Namespace, key.Name}], s.updated
 }
 
 // keys returns the keys of all objects of a kind, in no order.

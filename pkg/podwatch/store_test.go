@@ -233,6 +233,25 @@ func TestWaitPod(t *testing.T) {
 	})
 }
 
+func TestWaitNamespace(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewStore(StoreOptions{})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		go func() {
+			time.Sleep(100 * time.Millisecond)
+			s.Update(put(&Namespace{Meta: Meta{Name: "shop"}}))
+		}()
+		start := time.Now()
+		if err := s.WaitNamespace(ctx, "shop"); err != nil || time.Since(start) != 100*time.Millisecond {
+			t.Errorf("WaitNamespace = %v after %v, want shop after 100ms", err, time.Since(start))
+		}
+		if err := s.WaitNamespace(ctx, "never"); !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "namespace never") {
+			t.Errorf("WaitNamespace: %v, want a deadline that names the namespace", err)
+		}
+	})
+}
+
 // TestWaitPodUID: a pod that is made again under its name is another pod, if the
 // source can tell.
 func TestWaitPodUID(t *testing.T) {

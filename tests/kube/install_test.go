@@ -49,10 +49,10 @@ func (s *suite) install(t *testing.T) {
 	s.older(t)
 	s.helmInstall(t)
 	s.injectionWorks(t)
-	s.apply(t, s.manifest(t, "load.yaml", nil))
+	s.apply(t, s.manifest(t, "load.yaml", map[string]any{"Quiet": map[string]string{quietA: s.a, quietB: s.b}}))
 	s.apply(t, s.manifest(t, "clients.yaml", nil))
 	s.apply(t, s.bookshop(t, "bookshop.yaml"))
-	s.allReady(t, 3*time.Minute, loadNamespace, "", 4)
+	s.allReady(t, 3*time.Minute, loadNamespace, "", 6)
 	for ns, n := range map[string]int{"sluice-e2e-outside": 3, "sluice-e2e-doors": 1, "bookshop": 11, "outside": 2} {
 		s.allReady(t, 3*time.Minute, ns, "", n)
 	}

@@ -15,6 +15,10 @@ const appPeer, appPeer6 = "127.0.0.6", "::6"
 
 const loadNamespace = "sluice-e2e"
 
+// quietA and quietB are pods with a sidecar, one on each node, that only call when
+// told to: their counters are those of a scenario's own calls.
+const quietA, quietB = "quiet-a", "quiet-b"
+
 // loaders are the pods that put load on others.
 func (s *suite) loaders() []string { return append([]string{"load-a", "load-b"}, s.extra...) }
 

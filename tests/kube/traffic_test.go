@@ -136,7 +136,7 @@ func (s *suite) calls(t *testing.T) {
 	for _, p := range slices.Concat(page, details) {
 		s.redirected(t, p)
 	}
-	client := s.pod(t, loadNamespace, "load-a")
+	client := s.pod(t, loadNamespace, quietA)
 	const n = 60
 	var r callReport
 	stats := []stat{sent(client, n), captured(client, "outbound", n)}
@@ -144,7 +144,7 @@ func (s *suite) calls(t *testing.T) {
 		stats = append(stats, served(p, 1), sent(p, 2), captured(p, "inbound", 1))
 	}
 	s.rising(t, stats, func() {
-		r = s.call(t, loadNamespace, "load-a", n, "http://productpage.bookshop.svc.cluster.local:9080/", "new-connections=true", "c=4")
+		r = s.call(t, loadNamespace, quietA, n, "http://productpage.bookshop.svc.cluster.local:9080/", "new-connections=true", "c=4")
 	})
 	behindProxies(t, *r.Last)
 	everyPod(t, r, slices.Concat(page, details, ratings))
@@ -154,44 +154,58 @@ func (s *suite) calls(t *testing.T) {
 	s.note("p50 %.1f ms, p99 %.1f ms", float64(r.P50.Microseconds())/1000, float64(r.P99.Microseconds())/1000)
 }
 
-// services of every kind, from a pod with a sidecar.
+// services of every kind, from a pod with a sidecar. The client does nothing else:
+// what its counters rise by are these calls.
 func (s *suite) services(t *testing.T) {
 	shelf := s.pods(t, "bookshop", "app=shelf")
-	client := s.pod(t, loadNamespace, "load-a")
-	s.rising(t, []stat{captured(client, "outbound", 70)}, func() {
-		r := s.call(t, loadNamespace, "load-a", 30, "http://shelf.bookshop.svc.cluster.local:9080/", "new-connections=true")
+	client := s.pod(t, loadNamespace, quietA)
+	// through is a request that the client's Envoy sent by that cluster of its own.
+	through := func(cluster string, n float64) []stat {
+		by := sent(client, n)
+		by.labels = []string{"envoy_cluster_name=" + cluster}
+		return []stat{captured(client, "outbound", n), by}
+	}
+	call := func(n int, host string) callReport {
+		return s.call(t, loadNamespace, quietA, n, "http://"+host+".svc.cluster.local:9080/", "new-connections=true")
+	}
+	for _, p := range shelf {
+		s.rising(t, []stat{captured(client, "outbound", 10), captured(p, "inbound", 10), served(p, 10)}, func() {
+			r := call(10, p.Name+".shelf.bookshop")
+			behindProxies(t, *r.Last)
+			if r.Hosts[p.Name] != 10 {
+				t.Errorf("the name of %s led to %v", p.Name, r.Hosts)
+			}
+		})
+	}
+	s.rising(t, []stat{captured(client, "outbound", 30)}, func() {
+		r := call(30, "shelf.bookshop")
 		behindProxies(t, *r.Last)
 		// Which of the addresses it dials is the client's business.
 		if r.By["details v1"] != 30 {
 			t.Errorf("headless: answers of %v", r.By)
 		}
-		for _, p := range shelf {
-			r := s.call(t, loadNamespace, "load-a", 10, "http://"+p.Name+".shelf.bookshop.svc.cluster.local:9080/", "new-connections=true")
-			behindProxies(t, *r.Last)
-			if r.Hosts[p.Name] != 10 {
-				t.Errorf("the name of %s led to %v", p.Name, r.Hosts)
-			}
-		}
-		for _, host := range []string{"publisher.bookshop", "details.outside"} {
-			r := s.call(t, loadNamespace, "load-a", 10, "http://"+host+".svc.cluster.local:9080/", "new-connections=true")
+	})
+	for _, host := range []string{"publisher.bookshop", "details.outside"} {
+		s.rising(t, through("out/outside/details/9080", 10), func() {
+			r := call(10, host)
 			if r.By["details outside"] != 10 {
 				t.Errorf("%s: answers of %v", host, r.By)
 			}
 			if peer, _, _ := net.SplitHostPort(r.Last.Peer); peer != client.Status.PodIP {
 				t.Errorf("%s: a server without a sidecar saw %s, want %s", host, r.Last.Peer, client.Status.PodIP)
 			}
-		}
-	})
-	s.rising(t, []stat{captured(client, "outbound", 10), served(client, 20)}, func() {
-		r := s.call(t, loadNamespace, "load-a", 10, "http://self.sluice-e2e.svc.cluster.local/", "new-connections=true")
+		})
+	}
+	s.rising(t, append(through("out/"+loadNamespace+"/self/80", 10), served(client, 20)), func() {
+		r := s.call(t, loadNamespace, quietA, 10, "http://self.sluice-e2e.svc.cluster.local/", "new-connections=true")
 		behindProxies(t, *r.Last)
-		if r.Hosts["load-a"] != 10 {
+		if r.Hosts[quietA] != 10 {
 			t.Errorf("own service: answers of %v", r.Hosts)
 		}
 	})
 	// The proxy may have kept the connection to itself that it made for an earlier call.
-	if self := s.metrics(t, s.a).sum("sluice_connections_total", "namespace="+loadNamespace, "pod=load-a", "reason=self_call"); self == 0 {
-		t.Error("the proxy of load-a never called its own pod through its inbound side")
+	if self := s.metrics(t, s.a).sum("sluice_connections_total", "namespace="+loadNamespace, "pod="+quietA, "reason=self_call"); self == 0 {
+		t.Errorf("the proxy of %s never called its own pod through its inbound side", quietA)
 	}
 	s.note("headless, StatefulSet, ExternalName, no sidecars, own Service")
 }
@@ -259,7 +273,7 @@ func (s *suite) dualStack(t *testing.T) {
 			s.note("%s has no IPv6 address: %v", p.Name, p.Status.PodIPs)
 			t.Skip("the cluster's pods have IPv4 alone")
 		}
-		for _, from := range []struct{ namespace, pod string }{{loadNamespace, "load-a"}, {outside, "plain-a"}} {
+		for _, from := range []struct{ namespace, pod string }{{loadNamespace, quietA}, {outside, "plain-a"}} {
 			stats := []stat{captured(p, "inbound", 1), served(p, 10)}
 			if from.namespace == loadNamespace {
 				client := s.pod(t, loadNamespace, from.pod)
@@ -322,9 +336,9 @@ func (s *suite) egress(t *testing.T) {
 		s.note("pods without a sidecar do not reach %s either", l.Addr())
 		t.Skipf("no way from the pods to this machine: %v %v", err, r.Errors)
 	}
-	for _, from := range []string{"load-a", "load-b"} {
+	for _, from := range []string{quietA, quietB} {
 		client := s.pod(t, loadNamespace, from)
-		s.rising(t, []stat{captured(client, "outbound", 10), {pod: client, proxy: true, name: "envoy_cluster_upstream_cx_total", atLeast: 10}}, func() {
+		s.rising(t, []stat{captured(client, "outbound", 10), {pod: client, proxy: true, name: "envoy_cluster_upstream_cx_total", labels: []string{"envoy_cluster_name=passthrough"}, atLeast: 10}}, func() {
 			r := s.call(t, loadNamespace, from, 10, target, "new-connections=true")
 			if r.By["elsewhere outside"] != 10 {
 				t.Errorf("answers of %v", r.By)
