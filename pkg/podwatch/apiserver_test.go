@@ -101,7 +101,7 @@ func (s *apiServer) up() {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.address = listener.Addr().String()
+	s.address, s.cut = listener.Addr().String(), make(chan struct{})
 	s.http = &httptest.Server{Listener: listener, Config: &http.Server{Handler: s, ReadHeaderTimeout: 5 * time.Second}}
 	s.http.Start()
 }
@@ -110,9 +110,11 @@ func (s *apiServer) down() {
 	s.mu.Lock()
 	server := s.http
 	s.http = nil
+	if server != nil {
+		close(s.cut) // and stays so: a watch that still comes would keep the server from closing
+	}
 	s.mu.Unlock()
 	if server != nil {
-		s.cutWatches()
 		server.CloseClientConnections()
 		server.Close()
 	}
@@ -298,8 +300,11 @@ func (s *apiServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.accepted = append(s.accepted, r.Header.Get("Accept"))
 	s.agents[r.UserAgent()] = true
 	code := cmp.Or(s.refuse[request], s.refuse[request+" "+c.namespace+"/"+c.name])
-	stall, unserved := s.stall[request], s.unserved[c.resource]
+	stall, unserved, isDown := s.stall[request], s.unserved[c.resource], s.http == nil
 	s.mu.Unlock()
+	if isDown { // it came between the end of the other requests and that of the server
+		panic(http.ErrAbortHandler)
+	}
 	if stall != nil {
 		select {
 		case <-stall:
