@@ -56,6 +56,15 @@ image: ## The agent's image as a tar, without Docker: bin/sluice-agent_ARCH.tar 
 	$(GO) run ./deploy/image -arch $(ARCH) -bin bin/image/$(ARCH) -cache .tools/image $(if $(ROOTFS),-rootfs $(ROOTFS),-o $(OUT) -name $(IMAGE)) \
 		-version $(VERSION) -revision $(REVISION) -epoch $(EPOCH)
 
+image-bookshop: ## The bookshop's image as a tar, for deploy/demo/kubernetes: bin/bookshop_ARCH.tar (ARCH=amd64|arm64)
+	@mkdir -p bin/image/$(ARCH)
+	CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -o bin/image/$(ARCH)/bookshop ./deploy/demo/bookshop
+	$(GO) run ./deploy/image -arch $(ARCH) -program bin/image/$(ARCH)/bookshop -o $(OUT) -name $(IMAGE) \
+		-version $(VERSION) -revision $(REVISION) -epoch $(EPOCH)
+
+image-bookshop: OUT = bin/bookshop_$(ARCH).tar
+image-bookshop: IMAGE = sluicemesh/bookshop:e2e
+
 manifest: ## Renew deploy/manifests/sluice.yaml: the chart with its defaults, for kubectl
 	@$(SETUP) helm
 	$(GO) test -count=1 -run '^TestManifest$$' ./tests/chart -update
@@ -145,4 +154,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean fmt fuzz generate generate-check help image lint manifest mod-check test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check test test-parallel test-serial tools tools-demo

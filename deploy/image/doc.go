@@ -2,6 +2,9 @@
 // engine and without an image registry: programs of Debian packages, and the two
 // programs of Sluice, which the caller has built.
 //
+// With -program it makes an image of one static program and nothing else, which is
+// what the bookshop's is.
+//
 // It does not build Go programs, does not push, and changes nothing of the
 // machine's own apt: package lists and packages are kept in a directory of its
 // own, where apt checks them against Debian's keys.

@@ -7,9 +7,12 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -105,7 +108,7 @@ func TestImage(t *testing.T) {
 	when := time.Unix(1700000000, 0).UTC()
 	var packed [2][]byte
 	for i := range packed {
-		image, err := newImage(o, when, base, own)
+		image, err := newImage(o, agentImage, when, base, own)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -189,7 +192,7 @@ func unmarshal(t *testing.T, b []byte, v any) {
 // there.
 func TestOwnFiles(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := ownFiles(dir, "amd64"); err == nil || !strings.Contains(err.Error(), "sluice-agent") {
+	if _, err := ownFiles("amd64", "usr/local/bin/", filepath.Join(dir, "sluice-agent")); err == nil || !strings.Contains(err.Error(), "sluice-agent") {
 		t.Errorf("without programs: %v", err)
 	}
 	self, err := os.ReadFile("/proc/self/exe")
@@ -202,6 +205,46 @@ func TestOwnFiles(t *testing.T) {
 	}
 }
 
+// TestProgramImage packs one program and looks what a runtime would start.
+func TestProgramImage(t *testing.T) {
+	dir := t.TempDir()
+	for name, text := range map[string]string{"go.mod": "module nothing\n", "main.go": "package main\n\nfunc main() {}\n"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", "nothing", ".")
+	build.Dir, build.Env = dir, append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	out := filepath.Join(dir, "image.tar")
+	args := []string{"-arch", runtime.GOARCH, "-program", filepath.Join(dir, "nothing"), "-o", out, "-name", "a:1"}
+	var text strings.Builder
+	if err := run(t.Context(), args, &text, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	packed, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := untar(t, bytes.NewReader(packed))
+	var docker []dockerImage
+	unmarshal(t, in["manifest.json"], &docker)
+	var config imageConfig
+	unmarshal(t, in[docker[0].Config], &config)
+	if c := config.Config; c.User != "1000:1000" || !slices.Equal(c.Entrypoint, []string{"/nothing"}) {
+		t.Errorf("config %+v", c)
+	}
+	z, err := gzip.NewReader(bytes.NewReader(in[docker[0].Layers[0]]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if layer := untar(t, z); len(layer) != 1 || layer["nothing"] == nil {
+		t.Errorf("files %v", slices.Collect(maps.Keys(layer)))
+	}
+}
+
 func TestCheckOptions(t *testing.T) {
 	good := options{arch: "arm64", bin: "bin", out: "x.tar", name: "a:1", cache: "cache"}
 	if err := good.check(nil); err != nil {
@@ -210,6 +253,8 @@ func TestCheckOptions(t *testing.T) {
 	for want, change := range map[string]func(*options){
 		"-arch":       func(o *options) { o.arch = "mips" },
 		"-bin":        func(o *options) { o.bin = "" },
+		"-program:":   func(o *options) { o.program = "x" },
+		"-rootfs:":    func(o *options) { o.bin, o.program, o.out, o.rootfs = "", "x", "", "dir" },
 		"-cache":      func(o *options) { o.cache = "" },
 		"-o and":      func(o *options) { o.rootfs = "dir" },
 		`-name "a"`:   func(o *options) { o.name = "a" },

@@ -18,6 +18,7 @@ import (
 type options struct {
 	arch     string // as Go and Debian call it
 	bin      string // directory of sluice-agent and sluice-cni
+	program  string // a program that is all of the image, in place of these
 	cache    string
 	mirror   string
 	security string
@@ -49,6 +50,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	fs.SetOutput(stderr)
 	fs.StringVar(&o.arch, "arch", "amd64", "`architecture` of the image: amd64 or arm64")
 	fs.StringVar(&o.bin, "bin", "", "`directory` with sluice-agent and sluice-cni for that architecture")
+	fs.StringVar(&o.program, "program", "", "static `program` to make an image of that holds nothing else, in place of the agent's; runs as user 1000")
 	fs.StringVar(&o.cache, "cache", "", "`directory` for package lists and packages")
 	fs.StringVar(&o.mirror, "mirror", "", "`address` of a Debian mirror; empty: the one that this machine uses")
 	fs.StringVar(&o.security, "security-mirror", "", "`address` of a mirror of Debian's security updates; empty: the one that this machine uses")
@@ -66,6 +68,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		return err
 	}
 
+	when := time.Unix(o.epoch, 0).UTC()
+	if o.program != "" {
+		return programImage(o, when, stdout)
+	}
 	debs, err := fetch(ctx, o)
 	if err != nil {
 		return err
@@ -74,15 +80,14 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	own, err := ownFiles(o.bin, o.arch)
+	own, err := ownFiles(o.arch, "usr/local/bin/", filepath.Join(o.bin, "sluice-agent"), filepath.Join(o.bin, "sluice-cni"))
 	if err != nil {
 		return err
 	}
-	when := time.Unix(o.epoch, 0).UTC()
 	if o.rootfs != "" {
 		return errors.Join(base.unpack(o.rootfs), own.unpack(o.rootfs))
 	}
-	image, err := newImage(o, when, base, own)
+	image, err := newImage(o, agentImage, when, base, own)
 	if err != nil {
 		return err
 	}
@@ -97,6 +102,24 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	return err
 }
 
+// programImage makes an image of one program.
+func programImage(o options, when time.Time, stdout io.Writer) error {
+	own, err := ownFiles(o.arch, "", o.program)
+	if err != nil {
+		return err
+	}
+	name := filepath.Base(o.program)
+	image, err := newImage(o, purpose{name, "The program " + name + " and nothing else", "1000:1000", "/" + name}, when, own)
+	if err != nil {
+		return err
+	}
+	if _, err := image.writeFile(o.out, when); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(stdout, "%s  linux/%s  %s  %s\n", o.out, o.arch, image.digest, o.name)
+	return err
+}
+
 func (o *options) check(rest []string) error {
 	var errs []error
 	wrong := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
@@ -106,8 +129,11 @@ func (o *options) check(rest []string) error {
 	if _, ok := machines[o.arch]; !ok {
 		wrong("-arch %q: must be amd64 or arm64", o.arch)
 	}
-	if o.bin == "" {
-		wrong("-bin: name the directory with sluice-agent and sluice-cni")
+	if (o.bin == "") == (o.program == "") {
+		wrong("-bin and -program: name the directory with sluice-agent and sluice-cni, or one program")
+	}
+	if o.program != "" && o.rootfs != "" {
+		wrong("-rootfs: goes with -bin")
 	}
 	if (o.out == "") == (o.rootfs == "") {
 		wrong("-o and -rootfs: give one of them")
@@ -119,7 +145,7 @@ func (o *options) check(rest []string) error {
 			}
 		}
 	}
-	if o.cache == "" {
+	if o.cache == "" && o.program == "" {
 		wrong("-cache: name a directory")
 	}
 	var err error

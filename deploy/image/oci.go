@@ -109,12 +109,17 @@ func (i *image) json(mediaType string, v any) (descriptor, error) {
 	return i.blob(mediaType, b), nil
 }
 
+// A purpose is what an image says of itself, and what it runs.
+type purpose struct{ title, description, user, entrypoint string }
+
+var agentImage = purpose{"sluice-agent", "Node agent and CNI plugin of Sluice", "0:0", "/usr/local/bin/sluice-agent"}
+
 // newImage puts an image together of layers, the one that changes least first.
-func newImage(o options, when time.Time, layers ...files) (*image, error) {
+func newImage(o options, is purpose, when time.Time, layers ...files) (*image, error) {
 	i := &image{names: strings.Split(o.name, ",")}
 	labels := map[string]string{
-		"org.opencontainers.image.title":       "sluice-agent",
-		"org.opencontainers.image.description": "Node agent and CNI plugin of Sluice",
+		"org.opencontainers.image.title":       is.title,
+		"org.opencontainers.image.description": is.description,
 		"org.opencontainers.image.licenses":    "Apache-2.0",
 		"org.opencontainers.image.version":     o.version,
 		"org.opencontainers.image.revision":    o.revision,
@@ -123,9 +128,9 @@ func newImage(o options, when time.Time, layers ...files) (*image, error) {
 	config := imageConfig{
 		Created: when, Architecture: o.arch, OS: "linux",
 		Config: containerConfig{
-			User: "0:0", WorkingDir: "/",
+			User: is.user, WorkingDir: "/",
 			Env:        []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
-			Entrypoint: []string{"/usr/local/bin/sluice-agent"},
+			Entrypoint: []string{is.entrypoint},
 			Labels:     labels,
 		},
 		RootFS: rootFS{Type: "layers"},

@@ -180,20 +180,22 @@ func superfluous(name string) bool {
 }
 
 // ownFiles returns Sluice's programs.
-func ownFiles(bin, arch string) (files, error) {
+func ownFiles(arch, dir string, programs ...string) (files, error) {
 	f := files{}
-	for _, name := range []string{"usr", "usr/local", "usr/local/bin"} {
-		f.dir(name, 0o755)
+	for i := range dir {
+		if dir[i] == '/' {
+			f.dir(dir[:i], 0o755)
+		}
 	}
-	for _, name := range []string{"sluice-agent", "sluice-cni"} {
-		body, err := os.ReadFile(filepath.Join(bin, name))
+	for _, program := range programs {
+		body, err := os.ReadFile(program)
 		if err != nil {
 			return nil, fmt.Errorf("read program: %w", err)
 		}
 		if err := checkProgram(body, arch); err != nil {
-			return nil, fmt.Errorf("program %s: %w", filepath.Join(bin, name), err)
+			return nil, fmt.Errorf("program %s: %w", program, err)
 		}
-		f["usr/local/bin/"+name] = file{mode: 0o755, body: body}
+		f[dir+filepath.Base(program)] = file{mode: 0o755, body: body}
 	}
 	return f, nil
 }

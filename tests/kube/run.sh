@@ -114,7 +114,7 @@ if [ -z "${KUBECONFIG:-}" ]; then
 	step "image of the agent" make image OUT="$CLUSTER_DIR/agent.tar" IMAGE="$SLUICE_E2E_AGENT_IMAGE"
 	export SLUICE_E2E_AGENT_IMAGE_2=${SLUICE_E2E_AGENT_IMAGE%:*}:next
 	step "image of the next agent" make image OUT="$CLUSTER_DIR/next.tar" IMAGE="$SLUICE_E2E_AGENT_IMAGE_2" VERSION=next
-	step "image of the bookshop" "$CLUSTER_SH" mkimage -o "$CLUSTER_DIR/app.tar" -t "$SLUICE_E2E_APP_IMAGE" -user 1000 -entrypoint /bookshop "$repo/bin/bookshop:/bookshop"
+	step "image of the bookshop" make image-bookshop OUT="$CLUSTER_DIR/app.tar" IMAGE="$SLUICE_E2E_APP_IMAGE"
 	step "images onto the nodes" "$CLUSTER_SH" load-image "$CLUSTER_DIR"/{agent,next,app}.tar
 	CGO_ENABLED=0 go build -o "$CLUSTER_DIR/snapshot" ./tests/chart/snapshot
 	export SLUICE_E2E_LAB=$repo/tests/kube/lab.sh SLUICE_E2E_SNAPSHOT=$CLUSTER_DIR/snapshot SLUICE_E2E_THROWAWAY=1
