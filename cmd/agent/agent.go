@@ -370,7 +370,7 @@ func (a *agent) orphans(installed []redirect.Installed) (ids []redirect.ID, err 
 			continue // it is looked after, or taken away
 		}
 		ids = append(ids, i.ID)
-		err = errors.Join(err, fmt.Errorf("pod %s is redirected, but the record of its sandbox is lost: it stays as it is, follows no change, and is whole again once it is deleted and made anew", i.Pod))
+		err = errors.Join(err, fmt.Errorf("pod %s is redirected, but the record of its sandbox is lost: it stays as it is and follows no change until it is found among the processes of the node, or deleted and made anew", i.Pod))
 	}
 	return ids, err
 }

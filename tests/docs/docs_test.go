@@ -45,11 +45,27 @@ func read(t *testing.T, path string) []byte {
 	return b
 }
 
-// TestNamedTestsExist: a document may not lean on a test that is not there.
+// TestNamedTestsExist: a document may not lean on a test that is not there, or not
+// in the package that it names.
 func TestNamedTestsExist(t *testing.T) {
 	var code []byte
+	of := map[string][]byte{} // by directory
 	for _, path := range files(t, "_test.go") {
-		code = append(code, read(t, path)...)
+		text := read(t, path)
+		code = append(code, text...)
+		of[filepath.Dir(path)] = append(of[filepath.Dir(path)], text...)
+	}
+	inPackage := regexp.MustCompile(`\b((?:cmd|tests|podwatch|redirect|xds|deploy)(?:/\w+)*) ((?:Test|Fuzz)[A-Z]\w*)`)
+	for _, path := range files(t, ".md") {
+		for _, m := range inPackage.FindAllStringSubmatch(string(read(t, path)), -1) {
+			found := false
+			for dir, text := range of {
+				found = found || strings.HasSuffix(dir, "/"+m[1]) && bytes.Contains(text, []byte("func "+m[2]+"("))
+			}
+			if !found {
+				t.Errorf("%s names %s of %s, which is not there", filepath.Base(path), m[2], m[1])
+			}
+		}
 	}
 	name := regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*`)
 	checked := 0
