@@ -222,6 +222,10 @@ func (s *suite) apiAway(t *testing.T) {
 				t.Errorf("agent of %s is not ready without the API server: %s", s.a, out)
 			}
 		})
+		out := s.mustOnNode(t, s.a, fmt.Sprintf("curl -s -m 5 http://127.0.0.1:%d/metrics", metricsPort))
+		if m, err := parseSamples(out); err != nil || m.sum("sluice_source_age_seconds", "kind=Pod") < 15 {
+			t.Errorf("after 25 s without the API server sluice_source_age_seconds of pods is %g, %v", m.sum("sluice_source_age_seconds", "kind=Pod"), err)
+		}
 		s.kill(t, s.b, s.processes(t, s.b, "sluice-agent", nil))
 		said := ""
 		s.during(t, 35*time.Second, time.Second, func() {
@@ -229,8 +233,8 @@ func (s *suite) apiAway(t *testing.T) {
 				said = out
 			}
 		})
-		if said == "" {
-			t.Errorf("agent of %s, started without an API server, never said that it is not ready", s.b)
+		if !strings.Contains(said, "[-]source not read completely yet: ") {
+			t.Errorf("agent of %s, started without an API server, never said why it is not ready: %q", s.b, said)
 		}
 		start()
 		s.eventually(t, time.Minute, "the API server is back", func() error {
@@ -376,6 +380,7 @@ func (s *suite) bursts(t *testing.T) {
 					"records":   "find /run/sluice -type f | wc -l",
 					"veths":     "ls /sys/class/net | grep -c veth",
 					"xds inode": "cat /proc/net/unix | grep -c sluice",
+					"rules":     "(iptables-save; ip6tables-save) | grep -c SLUICE",
 				} {
 					var n float64
 					if _, err := fmt.Sscan(s.mustOnNode(t, node, script+"; true"), &n); err != nil {

@@ -99,6 +99,9 @@ func (s *suite) userNamespace(t *testing.T) {
 	if cannot != "" {
 		s.kubectl(t, m, "delete", "-f", "-", "--wait=false")
 		s.note("this runtime cannot: %.120s", cannot)
+		if s.lab != "" {
+			t.Fatalf("the lab's runtime can: %s", cannot)
+		}
 		t.Skip(cannot)
 	}
 	s.oneOff(t, "userns.yaml", func(p corev1.Pod) {
@@ -203,6 +206,19 @@ func (s *suite) probes(t *testing.T) {
 	s.allReady(t, 2*time.Minute, lifeNamespace, "probe=open", 4)
 	for _, p := range s.pods(t, lifeNamespace, "probe=open") {
 		s.redirected(t, p)
+		if p.Name == "open-exec" {
+			continue // nobody dials
+		}
+		if n := captured(p, "inbound", 0).value(s, t); n > 0 {
+			t.Errorf("%s: %g probes of the kubelet went to the proxy", p.Name, n)
+		}
+		exempt := stat{pod: p, name: "sluice_connections_total", labels: []string{"reason=host_probe"}}
+		s.eventually(t, 30*time.Second, "a probe of "+p.Name+" is counted as exempt", func() error {
+			if exempt.value(s, t) == 0 {
+				return fmt.Errorf("none is")
+			}
+			return nil
+		})
 	}
 	// Started is set by the startup probe, Ready must never have been true, and
 	// the liveness probe has the container restarted.

@@ -254,6 +254,17 @@ func (s *suite) doors(t *testing.T) {
 			}
 		}
 	})
+	// Pods on the node's network and of excluded namespaces are left alone.
+	for _, p := range slices.Concat(s.pods(t, outside, ""), s.pods(t, "kube-system", "")) {
+		if c := condition(&p, "sluice.dev/Redirected"); c != nil {
+			t.Errorf("%s/%s has a condition: %+v", p.Namespace, p.Name, c)
+		}
+		for _, direction := range []string{"inbound", "outbound"} {
+			if n := captured(p, direction, 0).value(s, t); n > 0 {
+				t.Errorf("%s/%s: %g %s connections were redirected", p.Namespace, p.Name, n, direction)
+			}
+		}
+	}
 	s.note("no sidecar, hostNetwork, NodePort on both nodes, hostPort")
 }
 
@@ -271,6 +282,9 @@ func (s *suite) dualStack(t *testing.T) {
 		}
 		if six == "" {
 			s.note("%s has no IPv6 address: %v", p.Name, p.Status.PodIPs)
+			if s.lab != "" {
+				t.Fatal("the lab's pods have addresses of both families")
+			}
 			t.Skip("the cluster's pods have IPv4 alone")
 		}
 		for _, from := range []struct{ namespace, pod string }{{loadNamespace, quietA}, {outside, "plain-a"}} {
