@@ -198,9 +198,11 @@ func (h inside) filters(l netlink.Link) (own []netlink.Filter, others int, err e
 	return own, others, nil
 }
 
-// detachFilters removes Sluice's filters from all interfaces but those in keep,
-// and the clsact that held nothing else.
-func (h inside) detachFilters(keep func(ifindex int) bool) error {
+// detachFilters removes Sluice's filters from all interfaces but those in keep.
+// Where the clsact holds nothing else it goes, and with it, in one step, what it
+// holds. Where it holds nothing at all it is Sluice's on the interfaces that own
+// names: whoever made it was killed before the filter was in.
+func (h inside) detachFilters(keep func(ifindex int) bool, own []string) error {
 	links, err := h.LinkList()
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
@@ -210,21 +212,25 @@ func (h inside) detachFilters(keep func(ifindex int) bool) error {
 		if keep(l.Attrs().Index) {
 			continue
 		}
-		own, others, err := h.filters(l)
+		filters, others, err := h.filters(l)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		for _, f := range own {
+		if others == 0 && (len(filters) > 0 || slices.Contains(own, l.Attrs().Name)) {
+			err := h.QdiscDel(clsact(l.Attrs().Index))
+			if err == nil {
+				continue
+			}
+			// EINVAL: none is there, or another kind that holds filters as well.
+			if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("delete clsact of interface %s: %w", l.Attrs().Name, err))
+			}
+		}
+		for _, f := range filters {
 			if err := h.FilterDel(f); err != nil {
 				errs = append(errs, fmt.Errorf("delete filter of interface %s: %w", l.Attrs().Name, err))
 			}
-		}
-		if len(own) == 0 || others > 0 {
-			continue
-		}
-		if err := h.QdiscDel(clsact(l.Attrs().Index)); err != nil {
-			errs = append(errs, fmt.Errorf("delete clsact of interface %s: %w", l.Attrs().Name, err))
 		}
 	}
 	return errors.Join(errs...)

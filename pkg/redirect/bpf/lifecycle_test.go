@@ -458,7 +458,7 @@ func TestMend(t *testing.T) {
 		damage[pin.Name()] = func() error { return detachPinned(filepath.Join(r.podDir(w.ID), pin.Name())) }
 	}
 	damage["filter"] = func() error {
-		return within(pod.Netns, func(h inside) error { return h.detachFilters(func(int) bool { return false }) })
+		return within(pod.Netns, func(h inside) error { return h.detachFilters(func(int) bool { return false }, nil) })
 	}
 	if len(damage) != 6 {
 		t.Fatalf("pins of the pod: %v", pins)

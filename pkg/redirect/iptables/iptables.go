@@ -84,7 +84,8 @@ var (
 	_ redirect.Meter      = (*Redirector)(nil)
 )
 
-// New finds out which variants work here and opens the records. The error wraps
+// New finds out which variants work here and opens the records, which one
+// process at a time may use. The error wraps
 // redirect.ErrNotSupported if none works for IPv4 nor for IPv6.
 func New(o Options) (*Redirector, error) { return open(o, lookPath) }
 
@@ -131,6 +132,9 @@ func open(o Options, look func(string) (string, error)) (*Redirector, error) {
 	}
 	if len(r.tools) == 0 {
 		return nil, errors.Join(r.why[true], r.why[false])
+	}
+	if err := r.records.sweep(); err != nil {
+		return nil, err
 	}
 	r.host = newHost(o, r.tools)
 	all, err := r.records.all()
