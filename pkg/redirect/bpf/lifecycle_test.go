@@ -161,7 +161,7 @@ func TestTakeOverOtherPrograms(t *testing.T) {
 	r := open(t, o)
 	w := workload(t, pod)
 	mustAdd(t, r, w)
-	tcx := pinTCX(t, r, w)
+	tcx := pinOldTCX(t, r, w)
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -402,9 +402,9 @@ func exist(all []object) string {
 	return strings.Join(left, ", ")
 }
 
-// pinTCX pins what earlier builds had on a pod's interface where the kernel has
+// pinOldTCX pins what earlier builds had on a pod's interface where the kernel has
 // tcx (6.6), and says how many links those are.
-func pinTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
+func pinOldTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
 	t.Helper()
 	version, err := features.LinuxVersionCode()
 	if err != nil {
@@ -424,7 +424,7 @@ func pinTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
 		if err != nil {
 			return err
 		}
-		return errors.Join(l.Pin(filepath.Join(r.podDir(w.ID), "tcx_"+strconv.Itoa(eth0.Attrs().Index))), l.Close())
+		return errors.Join(l.Pin(filepath.Join(r.podDir(w.ID), pinTCX+strconv.Itoa(eth0.Attrs().Index))), l.Close())
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -108,6 +108,24 @@ func provideBPFFS(dir string, noMount bool) error {
 	return nil
 }
 
+// writable returns an error that says what to do if the bpffs of dir is mounted
+// read-only. Where nothing is pinned yet another backend may do instead.
+func writable(dir string) error {
+	var st unix.Statfs_t
+	parent := filepath.Dir(dir)
+	if err := unix.Statfs(parent, &st); err != nil {
+		return fmt.Errorf("look at file system of %s: %w", parent, err)
+	}
+	if st.Flags&unix.ST_RDONLY == 0 {
+		return nil
+	}
+	err := fmt.Errorf("bpffs at %s is mounted read-only (on the node: mount -o remount,rw %s, then restart the agent)", parent, parent)
+	if !isDir(dir) {
+		err = fmt.Errorf("%w: %w", err, redirect.ErrNotSupported)
+	}
+	return err
+}
+
 // unmountBPFFS undoes provideBPFFS, unless others have put something there.
 func unmountBPFFS(dir string) error {
 	all, err := mounts()

@@ -32,7 +32,7 @@ const (
 // localTimeout bounds the wait for the local route of a new address, which comes
 // within some 100 us; localPoll is how often to look.
 const (
-	localTimeout = time.Second
+	localTimeout = 10 * time.Second
 	localPoll    = 50 * time.Microsecond
 )
 
