@@ -132,14 +132,18 @@ func (r *Redirector) knowPins(spec *ebpf.CollectionSpec) error {
 	return nil
 }
 
-// detachPinned ends the link that is pinned at path and removes the pin.
+// detachPinned ends the link that is pinned at path and removes the pin. What
+// another build has pinned there instead ends with its pin.
 func detachPinned(path string) error {
 	l, err := link.LoadPinnedLink(path, nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("open pinned link %s: %w", path, err)
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("remove pin: %w", err)
+		}
+		return nil
 	}
 	defer func() { _ = l.Close() }()
 	// Closing would do, but not at once: the kernel frees links later. A link

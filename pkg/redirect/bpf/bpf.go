@@ -563,9 +563,9 @@ func removeTree(ctx context.Context, o Options) error {
 	}
 	defer unlock()
 	r := &Redirector{dir: o.PinDir, log: o.Log}
-	// The connect hooks come first in the directory: after this line nothing
-	// new is led to a proxy, and what was keeps working.
-	errs := []error{detachAll(r.hookDir())}
+	// After this line nothing new is led out to a proxy, after the next nothing
+	// in; what was keeps working, with the hooks that answer it until the end.
+	errs := []error{detachPinned(filepath.Join(r.hookDir(), "connect4")), detachPinned(filepath.Join(r.hookDir(), "connect6"))}
 	pods, err := os.ReadDir(r.podsDir())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, fmt.Errorf("read pins: %w", err))
@@ -573,7 +573,7 @@ func removeTree(ctx context.Context, o Options) error {
 	for _, pod := range pods {
 		errs = append(errs, detachAll(filepath.Join(r.podsDir(), pod.Name())))
 	}
-	errs = append(errs, r.cleanNamespaces(ctx))
+	errs = append(errs, r.cleanNamespaces(ctx), detachAll(r.hookDir()))
 	if err := os.RemoveAll(o.PinDir); err != nil {
 		errs = append(errs, fmt.Errorf("remove pins: %w", err))
 	}

@@ -127,10 +127,8 @@ func TestKilledBeforeEachCall(t *testing.T) {
 	need.EBPF(t)
 	need.Tool(t, "iptables-restore")
 	need.Tool(t, "ip6tables-restore")
-	// One for all scenes: the node's rules name the cgroups that they find.
-	if err := os.MkdirAll(filepath.Join(netnstest.NewCgroup(t), "kubepods", "pod1"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	// One for all scenes: the node's rules name the cgroups of pods on the machine.
+	startHostPod(t, netnstest.NewNode(t))
 	for _, d := range dangers() {
 		t.Run(string(d.node)+"/"+d.name, func(t *testing.T) {
 			t.Parallel()
