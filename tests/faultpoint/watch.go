@@ -21,6 +21,8 @@ type Call struct {
 	Name string
 	// Helper says that a program makes it which the process has started.
 	Helper bool
+	// Netns is the inode number of the network namespace of who makes it.
+	Netns uint64
 }
 
 // An Action says what becomes of the process before a call.
@@ -116,7 +118,7 @@ func watch(tb testing.TB, cmd *exec.Cmd, at func(Call) Action) (calls []Call, er
 		}
 		helper := group(int(n.pid)) != pid
 		if name != "" && killed == Go {
-			c := Call{Index: len(calls), Name: name, Helper: helper}
+			c := Call{Index: len(calls), Name: name, Helper: helper, Netns: namespace(int(n.pid))}
 			calls = append(calls, c)
 			killed = at(c)
 			switch killed {
@@ -192,6 +194,15 @@ func ioctl(fd int, request uintptr, p unsafe.Pointer) error {
 func alive(pid int) bool {
 	_, err := os.Stat(fmt.Sprintf("/proc/%d", pid))
 	return err == nil
+}
+
+// namespace returns the network namespace of a thread; 0 if that has ended.
+func namespace(tid int) uint64 {
+	var st unix.Stat_t
+	if unix.Stat(fmt.Sprintf("/proc/%d/ns/net", tid), &st) != nil {
+		return 0
+	}
+	return st.Ino
 }
 
 // group returns the process that a thread belongs to; 0 if it has ended.

@@ -8,10 +8,18 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+)
+
+const (
+	// unmountDeadline bounds the wait for others to leave the bpffs, unmountPoll
+	// is how often to try.
+	unmountDeadline = 2 * time.Second
+	unmountPoll     = 5 * time.Millisecond
 )
 
 // mountSource is what a bpffs that Sluice has mounted says as its source, by
@@ -147,8 +155,15 @@ func unmountBPFFS(dir string) error {
 		if len(left) > 0 {
 			return nil
 		}
-		if err := unix.Unmount(dir, 0); err != nil {
-			return fmt.Errorf("unmount bpffs from %s: %w", dir, err)
+		// Busy while somebody looks into it.
+		for deadline := time.Now().Add(unmountDeadline); ; time.Sleep(unmountPoll) {
+			err := unix.Unmount(dir, 0)
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+				return fmt.Errorf("unmount bpffs from %s: %w", dir, err)
+			}
 		}
 	}
 	return nil
