@@ -171,19 +171,20 @@ func detachAll(dir string) error {
 	return errors.Join(append(errs, os.Remove(dir))...)
 }
 
-// attachLookup attaches the sk_lookup program to the namespace at path.
-func (r *Redirector) attachLookup(dir, path string, inode uint64) error {
+// attachLookup attaches the sk_lookup program to the namespace that the thread
+// is in, whose path may be gone by now.
+func (r *Redirector) attachLookup(dir string, inode uint64) error {
 	return attachPinned(filepath.Join(dir, pinLookup), r.programs.SlLookup, link.NetNsType,
 		func(i *link.Info) bool { return i.NetNs() != nil && uint64(i.NetNs().NetnsInode) == inode },
 		func() (link.Link, error) {
-			ns, err := os.Open(path)
+			ns, err := os.Open("/proc/thread-self/ns/net")
 			if err != nil {
 				return nil, fmt.Errorf("open network namespace: %w", err)
 			}
 			defer func() { _ = ns.Close() }()
 			l, err := link.AttachNetNs(int(ns.Fd()), r.programs.SlLookup)
 			if err != nil {
-				return nil, fmt.Errorf("attach sk_lookup to network namespace %s: %w", path, err)
+				return nil, fmt.Errorf("attach sk_lookup to network namespace: %w", err)
 			}
 			return l, nil
 		})

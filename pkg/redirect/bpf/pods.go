@@ -269,11 +269,11 @@ func (r *Redirector) attachPod(h inside, meta *redirectSlMeta, pod *redirectSlPo
 			return err
 		}
 	}
-	dir, path := r.podDir(meta.id()), text(meta.Netns[:])
+	dir := r.podDir(meta.id())
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
 	}
-	if err := r.attachLookup(dir, path, meta.NetnsInode); err != nil {
+	if err := r.attachLookup(dir, meta.NetnsInode); err != nil {
 		return err
 	}
 	for _, ifindex := range pod.CapturedIf {

@@ -151,14 +151,16 @@ type scene struct {
 func newScene(t *testing.T, d danger) *scene {
 	s := &scene{T: t, danger: d, n: netnstest.NewNode(t)}
 	s.dir = stateDir(t, s.n.Netns)
-	s.pod, s.peer = s.n.Pod(t, "pod"), s.n.Pod(t, "peer")
-	s.w = workload(t, s.pod)
+	s.peer = s.n.Pod(t, "peer")
+	s.setPod(s.n.Pod(t, "pod"))
 	both := netip.AddrPortFrom(netip.IPv6Unspecified(), appPort)
 	s.pod.Serve(t, both, "app")
 	s.peer.Serve(t, both, "peer")
 	startProxy(t, s.pod.Namespace, s.w.Policy.ProxyUID, tell)
 	return s
 }
+
+func (s *scene) setPod(pod *netnstest.Pod) { s.pod, s.w = pod, workload(s.T, pod) }
 
 // play cuts the operation short before its first call, then before its second,
 // until it comes to its end.
@@ -286,11 +288,14 @@ func (s *scene) bring(policy *redirect.Policy, installed bool) {
 	}
 }
 
-// state is all that Sluice may change: in the pod, on the node, pins, files, and
-// how many entries the maps have.
-func (s *scene) state() netnstest.State {
+// state is all that Sluice may change.
+func (s *scene) state() netnstest.State { return append(s.pod.State(s), s.around()...) }
+
+// around is what it may change outside of the pod: rules of the node, pins,
+// files, and how many entries the maps have.
+func (s *scene) around() netnstest.State {
 	s.Helper()
-	state := append(s.pod.State(s), rules(s.n.State(s))...)
+	state := rules(s.n.State(s))
 	err := filepath.WalkDir(s.dir, func(path string, _ fs.DirEntry, err error) error {
 		if !strings.HasSuffix(path, "xtables.lock") {
 			state = append(state, strings.TrimPrefix(path, s.dir))
