@@ -46,7 +46,7 @@ func entries(tb testing.TB, path string) (n int, ok bool) {
 }
 
 // talkEvery is how often each of them talks.
-const talkEvery = 4 * time.Millisecond
+const talkEvery = 20 * time.Millisecond
 
 // Bystanders are two pods that have nothing to do with Sluice. They and the node
 // talk to each other all the time.

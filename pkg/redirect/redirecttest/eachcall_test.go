@@ -17,6 +17,7 @@ import (
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/redirect/bpf"
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/tests/faultpoint"
@@ -40,7 +41,7 @@ type errand struct {
 // run does the errand; calls count from where it begins to change something.
 func (e errand) run() error {
 	ctx := context.Background()
-	o := bothIn(e.Dir, e.HostNetns)
+	o := nftIn(e.Dir, e.HostNetns)
 	o.Node, o.Left = e.Node, func(redirect.Backend) bool { return e.Left }
 	arm := faultpoint.Arm
 	if e.Verb == "start" || e.Verb == "uninstall" {
@@ -70,6 +71,18 @@ func runErrand(config string) error {
 		return err
 	}
 	return e.run()
+}
+
+// nftIn is bothIn with one variant of iptables: to try both at each start would
+// take most of the time.
+func nftIn(dir, hostNetns string) redirect.Options {
+	o := bothIn(dir, hostNetns)
+	o.NewIPTables = func() (redirect.Redirector, error) {
+		rules := rulesOptions(dir, hostNetns)
+		rules.Variant = iptables.VariantNFT
+		return iptables.New(rules)
+	}
+	return o
 }
 
 func uninstallBoth(ctx context.Context, dir, hostNetns string) error {
@@ -177,7 +190,9 @@ func (s *scene) play() {
 	tried := 0
 	for end, over := 0, false; !over; end++ {
 		for _, kill := range []faultpoint.Action{faultpoint.KillAll, faultpoint.Kill} {
-			s.bring(s.before, !s.fresh)
+			if s.before != s.after || s.fresh || s.gone {
+				s.bring(s.before, !s.fresh)
+			}
 			var last faultpoint.Call
 			seen, out := s.act(func(i int, c faultpoint.Call) faultpoint.Action {
 				if i < end {
@@ -245,8 +260,34 @@ func (s *scene) act(at func(i int, c faultpoint.Call) faultpoint.Action) (calls 
 }
 
 // bring makes a new start and has it bring the node to where the pod has a
-// policy, or none; with installed unset to where there was no agent.
+// policy, or none; with installed unset to where there was no agent. Where the
+// cgroups of other tests come and go meanwhile, iptables does without the node's
+// rules until the next look, which is then taken.
 func (s *scene) bring(policy *redirect.Policy, installed bool) {
+	s.Helper()
+	for range 5 {
+		before := s.podCgroups()
+		s.start(policy, installed)
+		if slices.Equal(before, s.podCgroups()) {
+			return
+		}
+	}
+}
+
+func (s *scene) podCgroups() []cgroup.Cgroup {
+	s.Helper()
+	root, err := cgroup.Root()
+	if err != nil {
+		s.Fatal(err)
+	}
+	found, err := cgroup.Pods(root)
+	if err != nil {
+		s.Fatal(err)
+	}
+	return found
+}
+
+func (s *scene) start(policy *redirect.Policy, installed bool) {
 	s.Helper()
 	ctx := s.Context()
 	if !installed {
@@ -255,7 +296,7 @@ func (s *scene) bring(policy *redirect.Policy, installed bool) {
 		}
 		return
 	}
-	o := bothIn(s.dir, s.n.Netns)
+	o := nftIn(s.dir, s.n.Netns)
 	o.Node = s.node
 	c, err := redirect.Choose(o)
 	if err != nil {
