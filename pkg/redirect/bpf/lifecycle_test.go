@@ -585,6 +585,37 @@ func TestFull(t *testing.T) {
 	}
 }
 
+// TestFullOfPods: one pod more than there is room for is refused by the map's
+// name and leaves nothing; the others stay, and there is room again when one goes.
+func TestFullOfPods(t *testing.T) {
+	o := newOptions(t)
+	o.Sizes = Sizes{Pods: 2}
+	node := netnstest.NewNode(t)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	var all []redirect.Workload
+	for range 3 {
+		pod := node.Pod(t, "pod")
+		proxy(t, pod)
+		all = append(all, workload(t, pod))
+	}
+	mustAdd(t, r, all[0])
+	mustAdd(t, r, all[1])
+	if err := r.Add(t.Context(), all[2]); err == nil || !strings.Contains(err.Error(), "all 2 entries are in use") {
+		t.Fatalf("Add of a third pod: %v", err)
+	}
+	if list, err := r.List(t.Context()); err != nil || len(list) != 2 || list[0].Problem != nil || list[1].Problem != nil {
+		t.Errorf("List() = %v, %v; want the first two, whole", list, err)
+	}
+	if err := r.Remove(t.Context(), all[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	mustAdd(t, r, all[2])
+	if list, err := r.List(t.Context()); err != nil || len(list) != 2 || list[0].Problem != nil || list[1].Problem != nil {
+		t.Errorf("after one has gone List() = %v, %v; want two, whole", list, err)
+	}
+}
+
 func counted(t *testing.T, r *Redirector, d redirect.Direction, verdict, reason string) (n uint64) {
 	t.Helper()
 	all, err := r.Counters(t.Context())

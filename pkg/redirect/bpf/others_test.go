@@ -1,12 +1,14 @@
 package bpf
 
 import (
+	"context"
 	"errors"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -286,6 +288,51 @@ func TestOthersOnInterface(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestPassedByOthers: where a tcx program of somebody else has the last word, so
+// that Sluice's filter sees nothing, nobody gets past the proxy all the same.
+func TestPassedByOthers(t *testing.T) {
+	version, err := features.LinuxVersionCode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if version < 6<<16|6<<8 {
+		t.Log("this kernel has no tcx")
+		return
+	}
+	o := newOptions(t)
+	node := netnstest.NewNode(t)
+	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
+	proxy(t, pod)
+	pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
+	to := netip.AddrPortFrom(pod.Addr4, 80)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	mustAdd(t, r, workload(t, pod))
+	const pass = 0 // TCX_PASS
+	var other link.Link
+	err = within(pod.Netns, func(h inside) error {
+		eth0, err := h.LinkByName("eth0")
+		if err == nil {
+			other, err = link.AttachTCX(link.TCXOptions{
+				Interface: eth0.Attrs().Index, Program: packetWatcher(t, pass).prog, Attach: ebpf.AttachTCXIngress,
+			})
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
+	defer cancel()
+	if a, err := peer.Ask(ctx, to); err == nil {
+		t.Errorf("%q answers before the proxy was seen to listen", a.Name)
+	}
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	wantName(t, peer.Namespace, to, "proxy")
 }
 
 // unspecified lets a packet go on to the next program (TC_ACT_UNSPEC).

@@ -246,6 +246,22 @@ func leadsTo(addr netip.Addr, interfaces []string) (bool, error) {
 	return slices.Contains(interfaces, link.Attrs().Name), nil
 }
 
+// haveInterfaces returns an error that names the first interface that is not in
+// the namespace of the calling thread: rules that go by its name match nothing.
+func haveInterfaces(names []string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open rtnetlink: %w", err)
+	}
+	defer h.Close()
+	for _, name := range names {
+		if _, err := h.LinkByName(name); err != nil {
+			return fmt.Errorf("find interface %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
 // onLoopback runs fn with lo of the namespace at path.
 func onLoopback(path string, fn func(*netlink.Handle, netlink.Link) error) error {
 	return netns.Do(path, func() error {

@@ -206,6 +206,9 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	if err := present(w.ID, w.Netns); err != nil {
 		return err
 	}
+	if err := netns.Do(w.Netns, func() error { return haveInterfaces(w.Interfaces) }); err != nil {
+		return fmt.Errorf("redirect pod %s with iptables: %w", w.Pod, err)
+	}
 	old, ok, err := r.records.read(w.ID)
 	if err != nil {
 		// A record that cannot be read says nothing; the rules say the rest.
@@ -214,7 +217,7 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	if ok && old.Digest == w.Digest() && old.Netns == w.Netns && !r.host.inDoubt() && r.problem(ctx, old) == nil {
 		return nil
 	}
-	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Rules: old.Rules, ProxySource: old.ProxySource}
+	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Interfaces: w.Interfaces, Rules: old.Rules, ProxySource: old.ProxySource}
 	if err := r.records.write(rec); err != nil {
 		return err
 	}
@@ -534,6 +537,9 @@ func (r *Redirector) problem(ctx context.Context, rec record) error {
 		}
 	}
 	err := netns.Do(rec.Netns, func() error {
+		if err := haveInterfaces(rec.Interfaces); err != nil {
+			return err
+		}
 		for _, i := range rec.Rules {
 			t, err := r.choose(i.V4, []string{i.Variant})
 			if err != nil {

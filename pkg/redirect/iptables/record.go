@@ -26,6 +26,9 @@ type record struct {
 	Pod    string          `json:"pod"`
 	Netns  string          `json:"netns"`
 	Digest redirect.Digest `json:"digest"`
+	// Interfaces are the pod's, which rules go by the names of; absent in records
+	// of earlier builds.
+	Interfaces []string `json:"interfaces,omitempty"`
 	// Complete is false from before the first change until after the last.
 	Complete bool `json:"complete"`
 	// Draining is true after Remove, while connections that were redirected
