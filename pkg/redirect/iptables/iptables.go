@@ -218,6 +218,10 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 		return nil
 	}
 	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Interfaces: w.Interfaces, Rules: old.Rules, ProxySource: old.ProxySource}
+	// Already now: what is added below is found again if this process dies first.
+	if _, has6 := address(w, false); has6 {
+		rec.ProxySource = true
+	}
 	if err := r.records.write(rec); err != nil {
 		return err
 	}
