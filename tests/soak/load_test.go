@@ -28,6 +28,7 @@ type load struct {
 	stop context.CancelFunc
 	work sync.WaitGroup
 	done atomic.Int64
+	idle []func() // end what is kept open
 
 	mu     sync.Mutex
 	kinds  []*tally
@@ -57,7 +58,7 @@ type fault struct {
 func newLoad(t *testing.T) *load {
 	ctx, cancel := context.WithCancel(t.Context())
 	l := &load{ctx: ctx, stop: cancel}
-	t.Cleanup(func() { cancel(); l.work.Wait() })
+	t.Cleanup(l.finish)
 	return l
 }
 
@@ -111,10 +112,13 @@ func (l *load) more(t *testing.T, count int64) {
 	sluicetest.Eventually(t, func() bool { return l.done.Load() >= want }, func() string { return "the load makes no progress" })
 }
 
-func (l *load) finish(t *testing.T) {
-	t.Helper()
+// finish ends the load, if it has not ended.
+func (l *load) finish() {
 	l.stop()
 	l.work.Wait()
+	for _, end := range l.idle {
+		end()
+	}
 }
 
 // unexplained returns the failures of a kind that have no cause.
@@ -167,7 +171,7 @@ func serve(t *testing.T, p *sluicetest.Pod) (stop func()) {
 // request makes one request, on a connection of its own or a kept one.
 func (l *load) request(from *sluicetest.Pod, url string, keep bool) func(context.Context) error {
 	client := from.HTTPClient(keep)
-	context.AfterFunc(l.ctx, client.CloseIdleConnections)
+	l.idle = append(l.idle, client.CloseIdleConnections)
 	return func(ctx context.Context) error {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {

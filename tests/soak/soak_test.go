@@ -52,7 +52,7 @@ func TestSoak(t *testing.T) {
 			s.restartProxy()
 		}
 		after := s.sample()
-		s.load.finish(t)
+		s.load.finish()
 		s.wantDrained()
 		fmt.Printf("\n%s, %v:\n%s\n", backend, time.Since(began).Round(time.Second), s.table(before, after))
 		s.judge(before, after)
