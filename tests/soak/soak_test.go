@@ -124,8 +124,14 @@ func (s *soak) join() *member {
 	if err := p.Add(s.T); err != nil {
 		s.Fatalf("CNI ADD of pod %s: %v", name, err)
 	}
+	s.Cleanup(func() {
+		if m := s.web; m != nil && m.pod == p { // else it has left
+			p.Del(s.T)
+		}
+	})
 	p.StartEnvoy(s.T)
 	m := &member{pod: p, stop: serve(s.T, p)}
+	s.Cleanup(m.stop) // may be called again
 	s.apply(name, "", "True")
 	return m
 }
