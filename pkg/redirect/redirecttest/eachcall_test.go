@@ -265,12 +265,17 @@ func (s *scene) act(at func(i int, c faultpoint.Call) faultpoint.Action) (calls 
 // rules until the next look, which is then taken.
 func (s *scene) bring(policy *redirect.Policy, installed bool) {
 	s.Helper()
-	for range 5 {
+	const tries = 10
+	for try := range tries {
 		before := s.podCgroups()
-		s.start(policy, installed)
-		if slices.Equal(before, s.podCgroups()) {
-			return
+		complaint := s.start(policy, installed)
+		if same := slices.Equal(before, s.podCgroups()); !same && try < tries-1 {
+			continue
 		}
+		if complaint != "" {
+			s.Error(complaint)
+		}
+		return
 	}
 }
 
@@ -287,14 +292,15 @@ func (s *scene) podCgroups() []cgroup.Cgroup {
 	return found
 }
 
-func (s *scene) start(policy *redirect.Policy, installed bool) {
+// start says what is not as it should be after it.
+func (s *scene) start(policy *redirect.Policy, installed bool) (complaint string) {
 	s.Helper()
 	ctx := s.Context()
 	if !installed {
 		if err := uninstallBoth(ctx, s.dir, s.n.Netns); err != nil {
 			s.Fatalf("uninstall: %v", err)
 		}
-		return
+		return ""
 	}
 	o := nftIn(s.dir, s.n.Netns)
 	o.Node = s.node
@@ -325,8 +331,9 @@ func (s *scene) start(policy *redirect.Policy, installed bool) {
 		s.Fatalf("list: %v", err)
 	}
 	if len(have) != len(want) || len(want) > 0 && !have[0].Whole(want[0]) {
-		s.Errorf("after a start List() = %+v, want %v", have, want)
+		return fmt.Sprintf("after a start List() = %+v, want %v", have, want)
 	}
+	return ""
 }
 
 // state is all that Sluice may change.
