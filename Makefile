@@ -17,6 +17,7 @@ ROUNDS    ?= 5
 PODS      ?= 110
 BURST     ?= 110
 CLUSTERS  ?= 5000
+DURATION  ?= 2m
 SETUP     := tests/setup/setup.sh
 ARCH      ?= $(shell $(GO) env GOARCH)
 OUT       ?= bin/sluice-agent_$(ARCH).tar
@@ -117,6 +118,10 @@ bench-cni: ## What sluice-cni adds to a pod's start, both backends (ROUNDS=300 P
 	$(SETUP) cni iptables iproute
 	$(GO) test -count=1 -v -timeout 60m -run ADD ./tests/cnibench -rounds $(ROUNDS) -pods $(PODS) -burst $(BURST)
 
+soak: ## Mixed traffic while pods come and go and agent and proxies are killed; nothing may fail without a cause, nothing grow (DURATION=2m BACKEND=ebpf|iptables)
+	$(SETUP) envoy cni iptables iproute
+	BACKEND=$(filter-out auto,$(BACKEND)) $(GO) test -count=1 -v -timeout 0 ./tests/soak -duration $(DURATION)
+
 lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
 	$< run ./...
 	cd tests/bench && ../../$< run ./...
@@ -154,4 +159,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-parallel test-serial tools tools-demo

@@ -23,28 +23,47 @@ import (
 const (
 	// pinLookup is the pin of a pod's sk_lookup link.
 	pinLookup = "sk_lookup"
+	// pinTCX begins the pins of tcx links, which earlier builds had.
+	pinTCX = "tcx_"
 
 	// filterName names Sluice's filter on the pod's interfaces.
-	filterName     = "sluice_ingress"
-	filterPriority = 1
-	filterHandle   = 0x51ce
+	filterName   = "sluice_ingress"
+	filterHandle = 0x51ce
+	// The first priority that is free of filters of another kind.
+	filterPriority     = 1
+	filterLastPriority = 64
 
 	loopbackIndex = 1
 )
 
+// freshSuffix ends the pin of a link that is about to take another's place.
+const freshSuffix = "_new"
+
 // attachPinned makes the link that is pinned at path run prog. Where there is
 // none, or whole says that it is of no use any more, attach makes a new one.
-func attachPinned(path string, prog *ebpf.Program, whole func(*link.Info) bool,
+// What is no link of the kind is not this build's to replace.
+func attachPinned(path string, prog *ebpf.Program, kind link.Type, whole func(*link.Info) bool,
 	attach func() (link.Link, error),
 ) error {
+	fresh := path + freshSuffix
+	if err := os.Remove(fresh); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove stale pin: %w", err)
+	}
 	old, err := link.LoadPinnedLink(path, nil)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return fmt.Errorf("open pinned link %s: %w", path, err)
+		return fmt.Errorf("open pinned link %s: %w: %w", path, err, ErrIncompatible)
 	default:
 		defer func() { _ = old.Close() }()
-		if info, err := old.Info(); err == nil && whole(info) {
+		info, err := old.Info()
+		if err != nil {
+			return fmt.Errorf("read pinned link %s: %w", path, err)
+		}
+		if info.Type != kind {
+			return fmt.Errorf("pinned link %s is of another kind: %w", path, ErrIncompatible)
+		}
+		if whole(info) {
 			if err := old.Update(prog); err != nil {
 				return fmt.Errorf("update link %s: %w", path, err)
 			}
@@ -57,10 +76,6 @@ func attachPinned(path string, prog *ebpf.Program, whole func(*link.Info) bool,
 	}
 	defer func() { _ = l.Close() }()
 	// The old link ends when its pin is replaced: never a moment without one.
-	fresh := path + "_new"
-	if err := os.Remove(fresh); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove stale pin: %w", err)
-	}
 	if err := l.Pin(fresh); err != nil {
 		return fmt.Errorf("pin link %s: %w", fresh, err)
 	}
@@ -70,14 +85,65 @@ func attachPinned(path string, prog *ebpf.Program, whole func(*link.Info) bool,
 	return nil
 }
 
-// detachPinned ends the link that is pinned at path and removes the pin.
+// knowPins refuses pins that no earlier build had: a later one's hooks would go
+// on running beside this one's. Its maps alone do nothing, and are left for it.
+func (r *Redirector) knowPins(spec *ebpf.CollectionSpec) error {
+	hooks, err := r.hooks()
+	if err != nil {
+		return err
+	}
+	known := map[string]func(name string) bool{
+		r.dir: func(name string) bool {
+			return slices.Contains([]string{r.mapDir(), r.hookDir(), r.podsDir()}, filepath.Join(r.dir, name))
+		},
+		r.hookDir(): func(name string) bool {
+			return slices.ContainsFunc(hooks, func(h hook) bool { return name == h.name || name == h.name+freshSuffix })
+		},
+	}
+	pods, err := os.ReadDir(r.podsDir())
+	if err != nil {
+		return fmt.Errorf("read pins: %w", err)
+	}
+	for _, pod := range pods {
+		known[filepath.Join(r.podsDir(), pod.Name())] = func(name string) bool {
+			return strings.TrimSuffix(name, freshSuffix) == pinLookup || strings.HasPrefix(name, pinTCX)
+		}
+	}
+	for dir, knows := range known {
+		pins, err := os.ReadDir(dir)
+		if err != nil {
+			return fmt.Errorf("read pins: %w", err)
+		}
+		for _, pin := range pins {
+			if !knows(pin.Name()) {
+				return fmt.Errorf("pin %s is of no kind that this build knows: %w", filepath.Join(dir, pin.Name()), ErrIncompatible)
+			}
+		}
+	}
+	maps, err := os.ReadDir(r.mapDir())
+	if err != nil {
+		return fmt.Errorf("read pins: %w", err)
+	}
+	for _, m := range maps {
+		if spec.Maps[m.Name()] == nil {
+			r.log.Warn("a map of another build is left as it is", "map", m.Name())
+		}
+	}
+	return nil
+}
+
+// detachPinned ends the link that is pinned at path and removes the pin. What
+// another build has pinned there instead ends with its pin.
 func detachPinned(path string) error {
 	l, err := link.LoadPinnedLink(path, nil)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
-		return fmt.Errorf("open pinned link %s: %w", path, err)
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("remove pin: %w", err)
+		}
+		return nil
 	}
 	defer func() { _ = l.Close() }()
 	// Closing would do, but not at once: the kernel frees links later. A link
@@ -105,19 +171,20 @@ func detachAll(dir string) error {
 	return errors.Join(append(errs, os.Remove(dir))...)
 }
 
-// attachLookup attaches the sk_lookup program to the namespace at path.
-func (r *Redirector) attachLookup(dir, path string, inode uint64) error {
-	return attachPinned(filepath.Join(dir, pinLookup), r.programs.SlLookup,
+// attachLookup attaches the sk_lookup program to the namespace that the thread
+// is in, whose path may be gone by now.
+func (r *Redirector) attachLookup(dir string, inode uint64) error {
+	return attachPinned(filepath.Join(dir, pinLookup), r.programs.SlLookup, link.NetNsType,
 		func(i *link.Info) bool { return i.NetNs() != nil && uint64(i.NetNs().NetnsInode) == inode },
 		func() (link.Link, error) {
-			ns, err := os.Open(path)
+			ns, err := os.Open("/proc/thread-self/ns/net")
 			if err != nil {
 				return nil, fmt.Errorf("open network namespace: %w", err)
 			}
 			defer func() { _ = ns.Close() }()
 			l, err := link.AttachNetNs(int(ns.Fd()), r.programs.SlLookup)
 			if err != nil {
-				return nil, fmt.Errorf("attach sk_lookup to network namespace %s: %w", path, err)
+				return nil, fmt.Errorf("attach sk_lookup to network namespace: %w", err)
 			}
 			return l, nil
 		})
@@ -160,17 +227,32 @@ func (r *Redirector) attachIngress(h inside, ifindex uint32) error {
 	if err := h.QdiscAdd(qdisc); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add clsact to interface %d: %w", ifindex, err)
 	}
-	filter := &netlink.BpfFilter{
-		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: int(ifindex), Parent: netlink.HANDLE_MIN_INGRESS,
-			Handle: filterHandle, Priority: filterPriority, Protocol: unix.ETH_P_ALL,
-		},
-		Fd: r.programs.SlIngress.FD(), Name: filterName, DirectAction: true,
+	own, _, err := h.filters(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: int(ifindex)}})
+	if err != nil {
+		return err
 	}
-	if err := h.FilterReplace(filter); err != nil {
-		return fmt.Errorf("add filter to interface %d: %w", ifindex, err)
+	first, last := uint16(filterPriority), uint16(filterLastPriority)
+	if len(own) > 0 {
+		first = own[0].Attrs().Priority
+		last = first
 	}
-	return nil
+	for priority := first; ; priority++ {
+		err := h.FilterReplace(&netlink.BpfFilter{
+			FilterAttrs: netlink.FilterAttrs{
+				LinkIndex: int(ifindex), Parent: netlink.HANDLE_MIN_INGRESS,
+				Handle: filterHandle, Priority: priority, Protocol: unix.ETH_P_ALL,
+			},
+			Fd: r.programs.SlIngress.FD(), Name: filterName, DirectAction: true,
+		})
+		// EINVAL: filters of another kind have that priority.
+		if errors.Is(err, unix.EINVAL) && priority < last {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("add filter to interface %d: %w", ifindex, err)
+		}
+		return nil
+	}
 }
 
 // clsact is what holds the filters of an interface.
@@ -198,9 +280,11 @@ func (h inside) filters(l netlink.Link) (own []netlink.Filter, others int, err e
 	return own, others, nil
 }
 
-// detachFilters removes Sluice's filters from all interfaces but those in keep,
-// and the clsact that held nothing else.
-func (h inside) detachFilters(keep func(ifindex int) bool) error {
+// detachFilters removes Sluice's filters from all interfaces but those in keep.
+// Where the clsact holds nothing else it goes, and with it, in one step, what it
+// holds. Where it holds nothing at all it is Sluice's on the interfaces that own
+// names: whoever made it was killed before the filter was in.
+func (h inside) detachFilters(keep func(ifindex int) bool, own []string) error {
 	links, err := h.LinkList()
 	if err != nil {
 		return fmt.Errorf("list interfaces: %w", err)
@@ -210,21 +294,26 @@ func (h inside) detachFilters(keep func(ifindex int) bool) error {
 		if keep(l.Attrs().Index) {
 			continue
 		}
-		own, others, err := h.filters(l)
+		filters, others, err := h.filters(l)
 		if err != nil {
 			errs = append(errs, err)
 			continue
 		}
-		for _, f := range own {
-			if err := h.FilterDel(f); err != nil {
-				errs = append(errs, fmt.Errorf("delete filter of interface %s: %w", l.Attrs().Name, err))
+		if others == 0 && (len(filters) > 0 || slices.Contains(own, l.Attrs().Name)) {
+			err := h.QdiscDel(clsact(l.Attrs().Index))
+			if err == nil {
+				continue
+			}
+			// EINVAL: none is there, or another kind that holds filters as well.
+			if !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("delete clsact of interface %s: %w", l.Attrs().Name, err))
 			}
 		}
-		if len(own) == 0 || others > 0 {
-			continue
-		}
-		if err := h.QdiscDel(clsact(l.Attrs().Index)); err != nil {
-			errs = append(errs, fmt.Errorf("delete clsact of interface %s: %w", l.Attrs().Name, err))
+		for _, f := range filters {
+			// ENOENT: the qdisc ingress shows what it holds as ingress and as egress.
+			if err := h.FilterDel(f); err != nil && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("delete filter of interface %s: %w", l.Attrs().Name, err))
+			}
 		}
 	}
 	return errors.Join(errs...)
@@ -257,7 +346,7 @@ func (h inside) addProxySource6() error {
 const (
 	// proxySourceDeadline bounds how long the kernel may take to make ::6 local,
 	// which it does within some 100 us; proxySourcePoll is how often to look.
-	proxySourceDeadline = 2 * time.Second
+	proxySourceDeadline = 10 * time.Second
 	proxySourcePoll     = 50 * time.Microsecond
 )
 

@@ -108,7 +108,10 @@ func (o Options) withDefaults() Options {
 // redirect.ErrNotSupported where the kernel lacks something or, with NoMount,
 // the node a bpffs, and ErrIncompatible if what is pinned cannot be taken over;
 // nothing is changed then. Close the Redirector when done; what is pinned stays.
-func New(o Options) (*Redirector, error) {
+func New(o Options) (*Redirector, error) { return newFrom(o, loadRedirect) }
+
+// newFrom is New for another build's object.
+func newFrom(o Options, object func() (*ebpf.CollectionSpec, error)) (*Redirector, error) {
 	o = o.withDefaults()
 	if err := probe(o.Cgroup); err != nil {
 		return nil, err
@@ -118,6 +121,9 @@ func New(o Options) (*Redirector, error) {
 		return nil, err
 	}
 	if err := provideBPFFS(filepath.Dir(o.PinDir), o.NoMount); err != nil {
+		return nil, err
+	}
+	if err := writable(o.PinDir); err != nil {
 		return nil, err
 	}
 	r := &Redirector{dir: o.PinDir, cgroup: o.Cgroup, log: o.Log}
@@ -131,7 +137,7 @@ func New(o Options) (*Redirector, error) {
 		return nil, err
 	}
 	defer unlock()
-	if err := r.load(o.Sizes, host); err != nil {
+	if err := r.load(o.Sizes, host, object); err != nil {
 		return nil, err
 	}
 	if err := r.takeOver(); err != nil {
@@ -148,9 +154,15 @@ func (r *Redirector) podsDir() string { return filepath.Join(r.dir, "pods") }
 func (r *Redirector) podDir(id redirect.ID) string { return podDir(r.podsDir(), id) }
 
 // load opens or makes the maps and loads this build's programs.
-func (r *Redirector) load(sizes Sizes, host uint64) error {
-	spec, err := prepare(host)
+func (r *Redirector) load(sizes Sizes, host uint64, object func() (*ebpf.CollectionSpec, error)) error {
+	spec, err := object()
 	if err != nil {
+		return fmt.Errorf("read eBPF object: %w", err)
+	}
+	if err := setUp(spec, host); err != nil {
+		return err
+	}
+	if err := r.knowPins(spec); err != nil {
 		return err
 	}
 	for name, n := range map[string]uint32{
@@ -188,15 +200,20 @@ func prepare(host uint64) (*ebpf.CollectionSpec, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read eBPF object: %w", err)
 	}
+	return spec, setUp(spec, host)
+}
+
+// setUp sets what the programs must know of this kernel and node.
+func setUp(spec *ebpf.CollectionSpec, host uint64) error {
 	have := uint8(0)
 	if features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkcToMptcpSock) == nil {
 		have = 1
 	}
-	err = errors.Join(spec.Variables[redirectVarSlHaveMptcp].Set(have), spec.Variables[redirectVarSlHostNetns].Set(host))
+	err := errors.Join(spec.Variables[redirectVarSlHaveMptcp].Set(have), spec.Variables[redirectVarSlHostNetns].Set(host))
 	if err != nil {
-		return nil, fmt.Errorf("set up eBPF object: %w", err)
+		return fmt.Errorf("set up eBPF object: %w", err)
 	}
-	return spec, nil
+	return nil
 }
 
 // root returns the root of the cgroup v2 hierarchy.
@@ -314,11 +331,15 @@ func (r *Redirector) attachHooks() error {
 		if err != nil {
 			return err
 		}
-		err = attachPinned(filepath.Join(r.hookDir(), h.name), h.prog,
+		err = attachPinned(filepath.Join(r.hookDir(), h.name), h.prog, link.CgroupType,
 			func(i *link.Info) bool { return i.Cgroup() != nil && i.Cgroup().CgroupId == id },
 			func() (link.Link, error) {
 				r.log.Info("attaching hook", "hook", h.name, "cgroup", h.cgroup)
 				l, err := link.AttachCgroup(link.CgroupOptions{Path: h.cgroup, Attach: h.attach, Program: h.prog})
+				if errors.Is(err, unix.EPERM) {
+					// The kernel's word for what somebody attached without BPF_F_ALLOW_MULTI.
+					err = fmt.Errorf("another program is there, or above, that admits none beside it: %w", err)
+				}
 				if err != nil {
 					return nil, fmt.Errorf("attach %s to cgroup %s: %w", h.name, h.cgroup, err)
 				}
@@ -409,7 +430,7 @@ func (r *Redirector) takeOverPod(meta *redirectSlMeta, pod *redirectSlPod) error
 		return err
 	}
 	// Earlier builds had tcx links where there is a filter now.
-	old, err := filepath.Glob(filepath.Join(r.podDir(meta.id()), "tcx_*"))
+	old, err := filepath.Glob(filepath.Join(r.podDir(meta.id()), pinTCX+"*"))
 	if err != nil {
 		return fmt.Errorf("find links of an earlier build: %w", err)
 	}
@@ -542,9 +563,9 @@ func removeTree(ctx context.Context, o Options) error {
 	}
 	defer unlock()
 	r := &Redirector{dir: o.PinDir, log: o.Log}
-	// The connect hooks come first in the directory: after this line nothing
-	// new is led to a proxy, and what was keeps working.
-	errs := []error{detachAll(r.hookDir())}
+	// After this line nothing new is led out to a proxy, after the next nothing
+	// in; what was keeps working, with the hooks that answer it until the end.
+	errs := []error{detachPinned(filepath.Join(r.hookDir(), "connect4")), detachPinned(filepath.Join(r.hookDir(), "connect6"))}
 	pods, err := os.ReadDir(r.podsDir())
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		errs = append(errs, fmt.Errorf("read pins: %w", err))
@@ -552,7 +573,7 @@ func removeTree(ctx context.Context, o Options) error {
 	for _, pod := range pods {
 		errs = append(errs, detachAll(filepath.Join(r.podsDir(), pod.Name())))
 	}
-	errs = append(errs, r.cleanNamespaces(ctx))
+	errs = append(errs, r.cleanNamespaces(ctx), detachAll(r.hookDir()))
 	if err := os.RemoveAll(o.PinDir); err != nil {
 		errs = append(errs, fmt.Errorf("remove pins: %w", err))
 	}

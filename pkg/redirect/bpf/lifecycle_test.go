@@ -161,7 +161,7 @@ func TestTakeOverOtherPrograms(t *testing.T) {
 	r := open(t, o)
 	w := workload(t, pod)
 	mustAdd(t, r, w)
-	tcx := pinTCX(t, r, w)
+	tcx := pinOldTCX(t, r, w)
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -402,9 +402,9 @@ func exist(all []object) string {
 	return strings.Join(left, ", ")
 }
 
-// pinTCX pins what earlier builds had on a pod's interface where the kernel has
+// pinOldTCX pins what earlier builds had on a pod's interface where the kernel has
 // tcx (6.6), and says how many links those are.
-func pinTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
+func pinOldTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
 	t.Helper()
 	version, err := features.LinuxVersionCode()
 	if err != nil {
@@ -424,7 +424,7 @@ func pinTCX(t *testing.T, r *Redirector, w redirect.Workload) (n int) {
 		if err != nil {
 			return err
 		}
-		return errors.Join(l.Pin(filepath.Join(r.podDir(w.ID), "tcx_"+strconv.Itoa(eth0.Attrs().Index))), l.Close())
+		return errors.Join(l.Pin(filepath.Join(r.podDir(w.ID), pinTCX+strconv.Itoa(eth0.Attrs().Index))), l.Close())
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -458,7 +458,7 @@ func TestMend(t *testing.T) {
 		damage[pin.Name()] = func() error { return detachPinned(filepath.Join(r.podDir(w.ID), pin.Name())) }
 	}
 	damage["filter"] = func() error {
-		return within(pod.Netns, func(h inside) error { return h.detachFilters(func(int) bool { return false }) })
+		return within(pod.Netns, func(h inside) error { return h.detachFilters(func(int) bool { return false }, nil) })
 	}
 	if len(damage) != 6 {
 		t.Fatalf("pins of the pod: %v", pins)
@@ -582,6 +582,37 @@ func TestFull(t *testing.T) {
 	}
 	if n, err := count(t.Context(), r.store.Ports); err != nil || n != 0 {
 		t.Errorf("%d ports are left behind, %v", n, err)
+	}
+}
+
+// TestFullOfPods: one pod more than there is room for is refused by the map's
+// name and leaves nothing; the others stay, and there is room again when one goes.
+func TestFullOfPods(t *testing.T) {
+	o := newOptions(t)
+	o.Sizes = Sizes{Pods: 2}
+	node := netnstest.NewNode(t)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	var all []redirect.Workload
+	for range 3 {
+		pod := node.Pod(t, "pod")
+		proxy(t, pod)
+		all = append(all, workload(t, pod))
+	}
+	mustAdd(t, r, all[0])
+	mustAdd(t, r, all[1])
+	if err := r.Add(t.Context(), all[2]); err == nil || !strings.Contains(err.Error(), "all 2 entries are in use") {
+		t.Fatalf("Add of a third pod: %v", err)
+	}
+	if list, err := r.List(t.Context()); err != nil || len(list) != 2 || list[0].Problem != nil || list[1].Problem != nil {
+		t.Errorf("List() = %v, %v; want the first two, whole", list, err)
+	}
+	if err := r.Remove(t.Context(), all[0].ID); err != nil {
+		t.Fatal(err)
+	}
+	mustAdd(t, r, all[2])
+	if list, err := r.List(t.Context()); err != nil || len(list) != 2 || list[0].Problem != nil || list[1].Problem != nil {
+		t.Errorf("after one has gone List() = %v, %v; want two, whole", list, err)
 	}
 }
 

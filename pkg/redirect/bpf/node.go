@@ -8,10 +8,18 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+)
+
+const (
+	// unmountDeadline bounds the wait for others to leave the bpffs, unmountPoll
+	// is how often to try.
+	unmountDeadline = 2 * time.Second
+	unmountPoll     = 5 * time.Millisecond
 )
 
 // mountSource is what a bpffs that Sluice has mounted says as its source, by
@@ -108,6 +116,24 @@ func provideBPFFS(dir string, noMount bool) error {
 	return nil
 }
 
+// writable returns an error that says what to do if the bpffs of dir is mounted
+// read-only. Where nothing is pinned yet another backend may do instead.
+func writable(dir string) error {
+	var st unix.Statfs_t
+	parent := filepath.Dir(dir)
+	if err := unix.Statfs(parent, &st); err != nil {
+		return fmt.Errorf("look at file system of %s: %w", parent, err)
+	}
+	if st.Flags&unix.ST_RDONLY == 0 {
+		return nil
+	}
+	err := fmt.Errorf("bpffs at %s is mounted read-only (on the node: mount -o remount,rw %s, then restart the agent)", parent, parent)
+	if !isDir(dir) {
+		err = fmt.Errorf("%w: %w", err, redirect.ErrNotSupported)
+	}
+	return err
+}
+
 // unmountBPFFS undoes provideBPFFS, unless others have put something there.
 func unmountBPFFS(dir string) error {
 	all, err := mounts()
@@ -129,8 +155,15 @@ func unmountBPFFS(dir string) error {
 		if len(left) > 0 {
 			return nil
 		}
-		if err := unix.Unmount(dir, 0); err != nil {
-			return fmt.Errorf("unmount bpffs from %s: %w", dir, err)
+		// Busy while somebody looks into it.
+		for deadline := time.Now().Add(unmountDeadline); ; time.Sleep(unmountPoll) {
+			err := unix.Unmount(dir, 0)
+			if err == nil {
+				break
+			}
+			if !errors.Is(err, unix.EBUSY) || time.Now().After(deadline) {
+				return fmt.Errorf("unmount bpffs from %s: %w", dir, err)
+			}
 		}
 	}
 	return nil

@@ -174,7 +174,7 @@ func (r *Redirector) trim(h inside, cookie uint64, pod, old *redirectSlPod) erro
 	}
 	return errors.Join(append(errs, h.detachFilters(func(ifindex int) bool {
 		return slices.Contains(pod.CapturedIf[:], uint32(ifindex))
-	}))...)
+	}, nil))...)
 }
 
 // resolve fills in the interfaces of pod and returns the pod's routes if one
@@ -269,11 +269,11 @@ func (r *Redirector) attachPod(h inside, meta *redirectSlMeta, pod *redirectSlPo
 			return err
 		}
 	}
-	dir, path := r.podDir(meta.id()), text(meta.Netns[:])
+	dir := r.podDir(meta.id())
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make pin directory: %w", err)
 	}
-	if err := r.attachLookup(dir, path, meta.NetnsInode); err != nil {
+	if err := r.attachLookup(dir, meta.NetnsInode); err != nil {
 		return err
 	}
 	for _, ifindex := range pod.CapturedIf {
@@ -351,7 +351,7 @@ func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
 	err = sameNamespace(path, meta.NetnsInode)
 	if err == nil {
 		err = within(path, func(h inside) error {
-			err := h.detachFilters(func(int) bool { return false })
+			err := h.detachFilters(func(int) bool { return false }, meta.interfaces())
 			if how == whenIdle {
 				var used error
 				left, used = proxySource6Used()

@@ -32,7 +32,7 @@ const (
 // localTimeout bounds the wait for the local route of a new address, which comes
 // within some 100 us; localPoll is how often to look.
 const (
-	localTimeout = time.Second
+	localTimeout = 10 * time.Second
 	localPoll    = 50 * time.Microsecond
 )
 
@@ -244,6 +244,22 @@ func leadsTo(addr netip.Addr, interfaces []string) (bool, error) {
 		return false, fmt.Errorf("find interface of the route to %s: %w", addr, err)
 	}
 	return slices.Contains(interfaces, link.Attrs().Name), nil
+}
+
+// haveInterfaces returns an error that names the first interface that is not in
+// the namespace of the calling thread: rules that go by its name match nothing.
+func haveInterfaces(names []string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open rtnetlink: %w", err)
+	}
+	defer h.Close()
+	for _, name := range names {
+		if _, err := h.LinkByName(name); err != nil {
+			return fmt.Errorf("find interface %s: %w", name, err)
+		}
+	}
+	return nil
 }
 
 // onLoopback runs fn with lo of the namespace at path.

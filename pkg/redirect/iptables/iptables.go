@@ -84,7 +84,8 @@ var (
 	_ redirect.Meter      = (*Redirector)(nil)
 )
 
-// New finds out which variants work here and opens the records. The error wraps
+// New finds out which variants work here and opens the records, which one
+// process at a time may use. The error wraps
 // redirect.ErrNotSupported if none works for IPv4 nor for IPv6.
 func New(o Options) (*Redirector, error) { return open(o, lookPath) }
 
@@ -131,6 +132,9 @@ func open(o Options, look func(string) (string, error)) (*Redirector, error) {
 	}
 	if len(r.tools) == 0 {
 		return nil, errors.Join(r.why[true], r.why[false])
+	}
+	if err := r.records.sweep(); err != nil {
+		return nil, err
 	}
 	r.host = newHost(o, r.tools)
 	all, err := r.records.all()
@@ -202,6 +206,9 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	if err := present(w.ID, w.Netns); err != nil {
 		return err
 	}
+	if err := netns.Do(w.Netns, func() error { return haveInterfaces(w.Interfaces) }); err != nil {
+		return fmt.Errorf("redirect pod %s with iptables: %w", w.Pod, err)
+	}
 	old, ok, err := r.records.read(w.ID)
 	if err != nil {
 		// A record that cannot be read says nothing; the rules say the rest.
@@ -210,7 +217,11 @@ func (r *Redirector) Add(ctx context.Context, w redirect.Workload) error {
 	if ok && old.Digest == w.Digest() && old.Netns == w.Netns && !r.host.inDoubt() && r.problem(ctx, old) == nil {
 		return nil
 	}
-	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Rules: old.Rules, ProxySource: old.ProxySource}
+	rec := record{Format: format, ID: w.ID, Pod: w.Pod, Netns: w.Netns, Digest: w.Digest(), Interfaces: w.Interfaces, Rules: old.Rules, ProxySource: old.ProxySource}
+	// Already now: what is added below is found again if this process dies first.
+	if _, has6 := address(w, false); has6 {
+		rec.ProxySource = true
+	}
 	if err := r.records.write(rec); err != nil {
 		return err
 	}
@@ -530,6 +541,9 @@ func (r *Redirector) problem(ctx context.Context, rec record) error {
 		}
 	}
 	err := netns.Do(rec.Netns, func() error {
+		if err := haveInterfaces(rec.Interfaces); err != nil {
+			return err
+		}
 		for _, i := range rec.Rules {
 			t, err := r.choose(i.V4, []string{i.Variant})
 			if err != nil {

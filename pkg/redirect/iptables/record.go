@@ -26,6 +26,9 @@ type record struct {
 	Pod    string          `json:"pod"`
 	Netns  string          `json:"netns"`
 	Digest redirect.Digest `json:"digest"`
+	// Interfaces are the pod's, which rules go by the names of; absent in records
+	// of earlier builds.
+	Interfaces []string `json:"interfaces,omitempty"`
 	// Complete is false from before the first change until after the last.
 	Complete bool `json:"complete"`
 	// Draining is true after Remove, while connections that were redirected
@@ -75,6 +78,9 @@ type records struct{ dir string }
 
 const recordSuffix = ".json"
 
+// unfinished are the names of records that are being written.
+const unfinished = "new-*"
+
 func (rs records) path(id redirect.ID) string {
 	return filepath.Join(rs.dir, url.PathEscape(id.String())+recordSuffix)
 }
@@ -100,7 +106,7 @@ func (rs records) write(r record) error {
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
-	f, err := os.CreateTemp(rs.dir, "new-*")
+	f, err := os.CreateTemp(rs.dir, unfinished)
 	if err != nil {
 		return fmt.Errorf("write record: %w", err)
 	}
@@ -111,6 +117,20 @@ func (rs records) write(r record) error {
 	}
 	if err != nil {
 		return errors.Join(fmt.Errorf("write record: %w", err), os.Remove(f.Name()))
+	}
+	return nil
+}
+
+// sweep removes what a process that was killed has left unfinished.
+func (rs records) sweep() error {
+	left, err := filepath.Glob(filepath.Join(rs.dir, unfinished))
+	if err != nil {
+		return fmt.Errorf("list unfinished records: %w", err)
+	}
+	for _, path := range left {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return fmt.Errorf("remove unfinished record: %w", err)
+		}
 	}
 	return nil
 }

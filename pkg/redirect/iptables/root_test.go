@@ -222,6 +222,37 @@ func TestUninstall(t *testing.T) {
 	}
 }
 
+// TestInterfaceRenamed: rules go by names. One that is gone is named, and comes
+// into its own again when it is back.
+func TestInterfaceRenamed(t *testing.T) {
+	r, pod, w := setup(t)
+	mustAdd(t, r, w)
+	rename := func(from, to string) {
+		t.Helper()
+		for _, args := range []string{"down", "name " + to, "up"} {
+			args = "link set dev " + from + " " + args
+			if out, err := pod.Command(t, 0, need.Tool(t, "ip"), strings.Fields(args)...).CombinedOutput(); err != nil {
+				t.Fatalf("ip %s: %v\n%s", args, err, out)
+			}
+			if strings.Contains(args, " name ") {
+				from = to
+			}
+		}
+	}
+	rename("eth0", "net7")
+	if err := problem(t, r); err == nil || !strings.Contains(err.Error(), "find interface eth0") {
+		t.Errorf("List names %v, want the interface", err)
+	}
+	if err := r.Add(t.Context(), w); err == nil || !strings.Contains(err.Error(), "find interface eth0") {
+		t.Errorf("Add without the interface: %v", err)
+	}
+	w.Interfaces = []string{"net7"}
+	mustAdd(t, r, w)
+	if err := problem(t, r); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestManyAtOnce(t *testing.T) {
 	r, _, w := setup(t)
 	ctx, cancel := context.WithCancel(t.Context())

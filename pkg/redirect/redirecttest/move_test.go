@@ -23,6 +23,13 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "churn:", churn(config))
 		os.Exit(1)
 	}
+	if config, ok := os.LookupEnv(victimEnv); ok {
+		if err := runErrand(config); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
 	os.Exit(Main(m))
 }
 
