@@ -19,7 +19,7 @@ import (
 
 // cases is the table.
 func cases() []testCase {
-	return slices.Concat(outboundCases(), inboundCases(), probeCases(), failClosedCases(), lifecycleCases())
+	return slices.Concat(outboundCases(), socketCases(), inboundCases(), streamCases(), probeCases(), failClosedCases(), lifecycleCases())
 }
 
 func outboundCases() []testCase {

@@ -146,13 +146,19 @@ func (e *env) ask(from netnstest.Namespace, to netip.AddrPort) answer {
 // and sees nothing of it.
 func (e *env) wantOutbound(c net.Conn, a answer, dst netip.AddrPort) {
 	e.Helper()
+	e.wantSeen(a, netnstest.AddrPort(c.LocalAddr()), netnstest.AddrPort(c.RemoteAddr()), dst)
+}
+
+// wantSeen is wantOutbound for a socket of another process: local and remote are
+// what getsockname and getpeername say of it.
+func (e *env) wantSeen(a answer, local, remote, dst netip.AddrPort) {
+	e.Helper()
 	e.wantProxy(a, redirect.OutboundPort, dst)
-	local := netnstest.AddrPort(c.LocalAddr())
 	if a.Peer != local {
 		e.Errorf("the proxy sees %s as source, the app's socket says %s", a.Peer, local)
 	}
-	if got := netnstest.AddrPort(c.RemoteAddr()); got != dst {
-		e.Errorf("getpeername says %s, want %s", got, dst)
+	if remote != dst {
+		e.Errorf("getpeername says %s, want %s", remote, dst)
 	}
 }
 
