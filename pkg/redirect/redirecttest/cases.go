@@ -19,7 +19,7 @@ import (
 
 // cases is the table.
 func cases() []testCase {
-	return slices.Concat(outboundCases(), socketCases(), inboundCases(), streamCases(), probeCases(), failClosedCases(), lifecycleCases())
+	return slices.Concat(outboundCases(), socketCases(), inboundCases(), streamCases(), burstCases(), neighbourCases(), probeCases(), failClosedCases(), lifecycleCases())
 }
 
 func outboundCases() []testCase {
@@ -187,6 +187,47 @@ func outboundCases() []testCase {
 				e.serve(other.Namespace, appPort, "other")
 				e.wantProxy(e.ask(e.pod.Namespace, e.peerPort(appPort)), redirect.OutboundPort, e.peerPort(appPort))
 				e.wantBare(e.ask(e.pod.Namespace, netip.AddrPortFrom(e.family(other.Addrs()...), appPort)), "other")
+			},
+		},
+		{
+			name: "outbound/every port included, no address", proxy: tell,
+			policy: func(e *env, p *redirect.Policy) {
+				p.Outbound = redirect.OutboundPolicy{IncludePorts: redirect.Ports{All: true}}
+			},
+			run: func(e *env) {
+				c, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
+				e.wantOutbound(c, a, e.peerPort(appPort))
+			},
+		},
+		{
+			name: "outbound/every port and address excluded", proxy: tell,
+			policy: func(e *env, p *redirect.Policy) {
+				if e.v4 {
+					p.Outbound.ExcludePorts = redirect.Ports{All: true}
+				} else {
+					p.Outbound.ExcludeCIDRs = redirect.CIDRs{All: true}
+				}
+				p.Inbound.ExcludePorts = redirect.Ports{All: true}
+			},
+			run: func(e *env) {
+				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
+				e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
+			},
+		},
+		{
+			name: "outbound/addresses of one family included", proxy: tell,
+			policy: func(e *env, p *redirect.Policy) {
+				all4, all6 := netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+				p.Outbound.IncludeCIDRs = redirect.CIDRs{List: []netip.Prefix{all4}}
+				p.Outbound.ExcludeCIDRs = redirect.CIDRs{List: []netip.Prefix{all6}}
+			},
+			run: func(e *env) {
+				a := e.ask(e.pod.Namespace, e.peerPort(appPort))
+				if e.v4 {
+					e.wantProxy(a, redirect.OutboundPort, e.peerPort(appPort))
+				} else {
+					e.wantBare(a, "peer")
+				}
 			},
 		},
 		{
