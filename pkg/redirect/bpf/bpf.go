@@ -154,7 +154,7 @@ func (r *Redirector) load(sizes Sizes, host uint64) error {
 		return err
 	}
 	for name, n := range map[string]uint32{
-		redirectMapPods: sizes.Pods, redirectMapPodMeta: sizes.Pods, redirectMapStats: sizes.Pods,
+		redirectMapPods: sizes.Pods, redirectMapPodMeta: sizes.Pods, redirectMapStats: sizes.Pods, redirectMapProxyCgroups: sizes.Pods,
 		redirectMapPodIps: 2 * sizes.Pods, redirectMapListeners: 2 * sizes.Pods,
 		redirectMapPorts: sizes.Ports, redirectMapCidrs: sizes.CIDRs, redirectMapHandover: sizes.Handover,
 		redirectMapProbes: sizes.Probes,

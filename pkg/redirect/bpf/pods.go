@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 )
 
@@ -76,7 +77,8 @@ func (r *Redirector) ensure(h inside, w redirect.Workload) error {
 		return err
 	}
 	if old != nil && old.Digest == uint64(w.Digest()) && r.outsideProblem(cookie, meta, old) == nil && r.insideProblem(h, meta, old) == nil {
-		return nil
+		// A build that knew nothing of it may have kept the rest as it is.
+		return r.setProxyCgroup(cookie, w.ProxyCgroup)
 	}
 	if err := r.add(h, cookie, w, meta, old); err != nil {
 		return fmt.Errorf("redirect network namespace %s: %w", w.Netns, err)
@@ -140,12 +142,31 @@ func (r *Redirector) add(h inside, cookie uint64, w redirect.Workload, meta *red
 			return err
 		}
 	}
+	if err := r.setProxyCgroup(cookie, w.ProxyCgroup); err != nil {
+		return err
+	}
 	// After this line the pod's traffic is redirected as w says.
 	if err := write(r.store.Pods, redirectMapPods, cookie, pod, ebpf.UpdateAny); err != nil {
 		return err
 	}
 	live = true
 	return r.trim(h, cookie, pod, old)
+}
+
+// setProxyCgroup says which cgroup the proxy's processes are in; "" is not known.
+func (r *Redirector) setProxyCgroup(cookie uint64, path string) error {
+	if path == "" {
+		return deleteKey(r.store.ProxyCgroups, cookie)
+	}
+	root, err := r.root()
+	if err != nil {
+		return err
+	}
+	proxy, err := cgroup.Get(filepath.Join(root, path))
+	if err != nil {
+		return fmt.Errorf("find cgroup of the proxy: %w", err)
+	}
+	return write(r.store.ProxyCgroups, redirectMapProxyCgroups, cookie, proxy.ID, ebpf.UpdateAny)
 }
 
 // addStats makes the counters of a pod, unless it has them.

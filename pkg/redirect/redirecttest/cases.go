@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -331,6 +333,65 @@ func outboundCases() []testCase {
 				}
 			},
 		},
+		{name: "proxy/only in its container", byHand: true, run: func(e *env) {
+			dirs := make(map[string]string)
+			root := netnstest.NewCgroup(e)
+			for _, name := range []string{"proxy", "proxy/below", "app"} {
+				dirs[name] = filepath.Join(root, name)
+				if err := os.MkdirAll(dirs[name], 0o755); err != nil {
+					e.Fatal(err)
+				}
+			}
+			path := func(name string) string { return e.cgroupPath(dirs[name]) }
+			e.w.ProxyCgroup = path("proxy")
+			e.add(nil)
+			uid := e.w.Policy.ProxyUID
+			e.proxy = startIn(e, e.pod.Namespace, dirs["proxy"], uid, tell)
+			below := startIn(e, e.pod.Namespace, dirs["proxy/below"], uid, dialer)
+			app := startIn(e, e.pod.Namespace, dirs["app"], uid, dialer)
+			admin := netip.AddrPortFrom(e.loopback(), redirect.AdminPort)
+			e.pod.Serve(e, admin, "admin")
+			for name, p := range map[string]*proxy{"the proxy": e.proxy, "a cgroup below": below} {
+				for want, to := range map[string]netip.AddrPort{"peer": e.peerPort(appPort), "admin": admin} {
+					if a, err := p.dial(to, netip.Addr{}); err != nil || a.Name != want {
+						e.Errorf("%s dials %s and reaches %q, %v; want %q", name, to, a.Name, err, want)
+					}
+				}
+			}
+			wantApp := func() {
+				a, err := app.dial(e.peerPort(appPort), netip.Addr{})
+				if err != nil {
+					e.Fatal(err)
+				}
+				e.wantProxy(a, redirect.OutboundPort, e.peerPort(appPort))
+				if a, err := app.dial(admin, netip.Addr{}); err == nil {
+					e.Errorf("an app with the proxy's user reaches %q on the admin port", a.Name)
+				}
+				// Its own address is the app's, as for any app.
+				if a, err = app.dial(e.podPort(appPort), netip.Addr{}); err != nil {
+					e.Fatal(err)
+				}
+				e.wantBare(a, "app")
+			}
+			wantApp()
+			// The container may change: until that is known the user alone counts.
+			e.w.ProxyCgroup = ""
+			e.add(nil)
+			e.wantWhole(e.r)
+			if a, err := app.dial(e.peerPort(appPort), netip.Addr{}); err != nil || a.Name != "peer" {
+				e.Errorf("while no container is known the proxy's user reaches %q, %v", a.Name, err)
+			}
+			e.w.ProxyCgroup = path("proxy")
+			e.add(nil)
+			e.wantWhole(e.r)
+			wantApp()
+			gone := filepath.Join(e.w.ProxyCgroup, "gone")
+			e.w.ProxyCgroup = gone
+			if err := e.r.Add(e.Context(), e.w); err == nil {
+				e.Error("added with a cgroup that is not there")
+			}
+			wantApp()
+		}},
 		{name: "proxy/admin port", proxy: tell, run: func(e *env) {
 			admin := netip.AddrPortFrom(e.loopback(), redirect.AdminPort)
 			e.pod.Serve(e, admin, "admin")

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
@@ -95,6 +97,20 @@ func (e *env) add(change func(*redirect.Policy)) {
 	if err := e.r.Add(e.Context(), e.w); err != nil {
 		e.Fatalf("add workload: %v", err)
 	}
+}
+
+// cgroupPath is what a Workload calls the cgroup at dir.
+func (e *env) cgroupPath(dir string) string {
+	e.Helper()
+	root, err := cgroup.Root()
+	if err != nil {
+		e.Fatal(err)
+	}
+	rel, err := filepath.Rel(root, dir)
+	if err != nil {
+		e.Fatal(err)
+	}
+	return "/" + rel
 }
 
 // startProxy starts the pod's proxy in place of one that may run.
