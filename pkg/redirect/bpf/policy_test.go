@@ -337,7 +337,8 @@ func randomDial(rnd *rand.Rand, w redirect.Workload) dial {
 	d := dial{
 		direction: []redirectSlDirection{redirectSlDirectionSL_OUTBOUND, redirectSlDirectionSL_INBOUND}[rnd.IntN(2)],
 		dst:       randomAddr(rnd), src: netip.IPv6Unspecified(), port: randomPort(rnd),
-		uid: []uint32{0, 1000, redirect.DefaultProxyUID}[rnd.IntN(3)],
+		uid:      []uint32{0, 1000, redirect.DefaultProxyUID}[rnd.IntN(3)],
+		outsider: rnd.IntN(4) == 0,
 	}
 	switch rnd.IntN(6) {
 	case 0:
