@@ -580,7 +580,7 @@ func (r *Redirector) cleanNamespaces(ctx context.Context) error {
 	defer func() { _ = r.store.PodMeta.Close() }()
 	var errs []error
 	err = r.store.each(func(_ uint64, meta *redirectSlMeta) error {
-		_, err := cleanNamespace(meta, atOnce)
+		_, err := cleanNamespace(r.dir, meta, atOnce)
 		errs = append(errs, err)
 		return ctx.Err()
 	})

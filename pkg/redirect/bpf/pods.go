@@ -305,6 +305,10 @@ func (r *Redirector) attachPod(h inside, meta *redirectSlMeta, pod *redirectSlPo
 			return err
 		}
 	}
+	if err := reusePorts(r.dir, meta.NetnsInode); err != nil {
+		// A limit, no reason to leave the pod without redirection.
+		r.log.Warn("ports of a pod's clients are used again only after a minute", "pod", text(meta.Pod[:]), "pod_uid", text(meta.Uid[:]), "err", err)
+	}
 	if pod.has6() {
 		return h.awaitProxySource6()
 	}
@@ -358,7 +362,7 @@ func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 		return false, detachAll(r.podDir(id))
 	}
 	err = errors.Join(r.store.release(cookie), detachAll(r.podDir(id)))
-	left, inside := cleanNamespace(meta, how)
+	left, inside := cleanNamespace(r.dir, meta, how)
 	if err = errors.Join(err, inside); err != nil || left {
 		return left, err // meta stays, so that the rest is found
 	}
@@ -367,12 +371,12 @@ func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 
 // cleanNamespace removes what a pod has inside its namespace, if that is still
 // there, and says whether ::6 has to stay.
-func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
+func cleanNamespace(dir string, meta *redirectSlMeta, how ending) (left bool, err error) {
 	path := text(meta.Netns[:])
 	err = sameNamespace(path, meta.NetnsInode)
 	if err == nil {
 		err = within(path, func(h inside) error {
-			err := h.detachFilters(func(int) bool { return false })
+			err := errors.Join(h.detachFilters(func(int) bool { return false }), restorePorts(dir, meta.NetnsInode))
 			if how == whenIdle {
 				var used error
 				left, used = proxySource6Used()
@@ -385,7 +389,7 @@ func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
 		})
 	}
 	if errors.Is(err, redirect.ErrGone) {
-		return false, nil
+		return false, forgetReuse(dir, meta.NetnsInode)
 	}
 	return left, err
 }
