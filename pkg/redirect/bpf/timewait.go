@@ -101,6 +101,11 @@ func openSysctl(name string) (*os.File, error) {
 		}
 		return f, nil
 	}
+	return openUnmounted(name)
+}
+
+// openUnmounted is openSysctl with a procfs of its own. It needs CAP_SYS_ADMIN.
+func openUnmounted(name string) (*os.File, error) {
 	context, err := unix.Fsopen("proc", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("open sysctl %s: make procfs: %w", name, err)

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
@@ -64,4 +65,30 @@ func TestClientPorts(t *testing.T) {
 		t.Fatal(err)
 	}
 	want("uninstalled,", left, "0")
+}
+
+// TestSysctlInContainer: where /proc/sys is read-only there is another way to it.
+func TestSysctlInContainer(t *testing.T) {
+	need.EBPF(t)
+	pod := netnstest.New(t, "pod")
+	if err := pod.Do(func() error {
+		f, err := openUnmounted(twReuse)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = f.Close() }()
+		if before, err := readSysctl(f); err != nil || before != "2" {
+			t.Errorf("read %q, %v; want the kernel's default, 2", before, err)
+		}
+		if err := writeSysctl(f, twReuseOn); err != nil {
+			return err
+		}
+		b, err := os.ReadFile(filepath.Join("/proc/sys", twReuse))
+		if strings.TrimSpace(string(b)) != twReuseOn {
+			t.Errorf("the namespace has %q", b)
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
 }

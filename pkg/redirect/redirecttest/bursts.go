@@ -172,10 +172,9 @@ func (e *env) shortOne(r shortRun, to netip.AddrPort) (waits int64, err error) {
 		if err != nil {
 			return waits, err
 		}
-		err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout),
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout))
+		err = unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout)
 		if err == nil {
-			err = unix.Connect(fd, sockaddr(e.domain(), to))
+			err = connect(fd, sockaddr(e.domain(), to))
 		}
 		if !errors.Is(err, unix.EADDRNOTAVAIL) || time.Now().After(deadline) {
 			break

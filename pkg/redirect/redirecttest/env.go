@@ -300,35 +300,39 @@ func (e *env) rawSocket(ns netnstest.Namespace, s socket) int {
 // rawConnect connects fd the way a C program does, blocking or not, and waits
 // for the result. In ns, because hooks look at the calling process.
 func rawConnect(ns netnstest.Namespace, fd int, to unix.Sockaddr) error {
-	return ns.Do(func() error {
-		timeout := unix.NsecToTimeval(askTimeout.Nanoseconds())
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
-			return err
-		}
-		err := unix.Connect(fd, to)
-		if !errors.Is(err, unix.EINPROGRESS) {
-			return err
-		}
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-		for {
-			n, err := unix.Poll(poll, int(askTimeout.Milliseconds()))
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			if n == 0 {
-				return unix.ETIMEDOUT
-			}
-			break
-		}
-		errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-		if err == nil && errno != 0 {
-			err = syscall.Errno(errno)
-		}
+	return ns.Do(func() error { return connect(fd, to) })
+}
+
+// connect is rawConnect on the calling thread.
+func connect(fd int, to unix.Sockaddr) error {
+	timeout := unix.NsecToTimeval(askTimeout.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
 		return err
-	})
+	}
+	err := unix.Connect(fd, to)
+	// A connect with a timeout that a signal interrupts, as Go's own do, goes on.
+	if !errors.Is(err, unix.EINPROGRESS) && !errors.Is(err, unix.EINTR) {
+		return err
+	}
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	for {
+		n, err := unix.Poll(poll, int(askTimeout.Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return unix.ETIMEDOUT
+		}
+		break
+	}
+	errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && errno != 0 {
+		err = syscall.Errno(errno)
+	}
+	return err
 }
 
 // conn turns a connected socket into a net.Conn that closes with the case.

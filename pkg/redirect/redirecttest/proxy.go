@@ -259,12 +259,8 @@ func useSocket(ctx context.Context, o order) (r report, err error) {
 	if err != nil {
 		return r, fmt.Errorf("look at socket: %w", err)
 	}
-	timeout := unix.NsecToTimeval(askTimeout.Nanoseconds())
-	if err := unix.SetsockoptTimeval(o.Fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
-		return r, err
-	}
 	if o.Dial.IsValid() { // else it is connected
-		if err := unix.Connect(o.Fd, sockaddr(domain, o.Dial)); err != nil {
+		if err := connect(o.Fd, sockaddr(domain, o.Dial)); err != nil {
 			return r, fmt.Errorf("connect to %s: %w", o.Dial, err)
 		}
 	}
