@@ -145,6 +145,22 @@ struct {
 } pod_cgroups SEC(".maps");
 
 /*
+ * key     netns cookie
+ * value   id of the cgroup of the proxy's container
+ * writer  agent, where it knows that
+ * reader  connect: of the processes with the proxy's user only those in there
+ *         or below are the proxy. Without an entry the user alone counts
+ * full    Add fails; sized like pods
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, __u64);
+} proxy_cgroups SEC(".maps");
+
+/*
  * key     netns cookie, family
  * value   the proxy's socket that listens on the inbound port
  * writer  tcx; the kernel removes a socket that closes

@@ -15,7 +15,7 @@ struct sl_dial {
 	__u32 mark;
 	__u32 bound_if;
 	__u16 port;
-	__u16 pad;
+	__u16 outsider; /* not in the proxy's container, whatever its user */
 };
 
 static __always_inline enum sl_match sl_port_match(const struct sl_pod *pod,
@@ -69,7 +69,7 @@ static __always_inline enum sl_reason sl_inbound(const struct sl_pod *pod, __u16
 
 static __always_inline enum sl_reason sl_outbound(const struct sl_pod *pod, const struct sl_dial *d)
 {
-	bool proxy = d->uid == pod->proxy_uid;
+	bool proxy = d->uid == pod->proxy_uid && !d->outsider;
 	bool v4 = sl_is4(&d->dst);
 	union sl_addr own = v4 ? sl_addr4(pod->ip4_be) : pod->ip6;
 	bool loopback = sl_is_loopback(&d->dst);

@@ -58,6 +58,27 @@ static __always_inline void sl_forget(struct bpf_sock *sk)
 	}
 }
 
+/*
+ * Whether the calling process is outside of the container of the pod's proxy;
+ * not if the agent does not know which that is.
+ */
+static __always_inline bool sl_is_outsider(__u64 netns)
+{
+	__u64 *proxy = bpf_map_lookup_elem(&proxy_cgroups, &netns);
+
+	if (!proxy)
+		return false;
+	for (int level = 1; level < SL_CGROUP_LEVELS; level++) {
+		__u64 id = bpf_get_current_ancestor_cgroup_id(level);
+
+		if (id == *proxy)
+			return false;
+		if (!id)
+			break;
+	}
+	return true;
+}
+
 enum sl_connect_verdict {
 	SL_CONNECT_DENY = 0, /* connect() fails with EPERM */
 	SL_CONNECT_ALLOW = 1,
@@ -81,6 +102,7 @@ static __always_inline int sl_connect(struct bpf_sock_addr *ctx, const union sl_
 		return SL_CONNECT_ALLOW;
 	dial.src = sl_sock_source(sk);
 	dial.uid = bpf_get_current_uid_gid();
+	dial.outsider = dial.uid == pod->proxy_uid && sl_is_outsider(netns);
 	dial.mark = sl_u32(sk->mark);
 	dial.bound_if = sl_u32(sk->bound_dev_if);
 	reason = sl_outbound(pod, &dial);

@@ -66,6 +66,8 @@ type agent struct {
 	// hostUID tells what a user ID in a user namespace is on the node, see
 	// netns.HostUID.
 	hostUID func(userns uint64, uid uint32) (uint32, error)
+	// containers are the cgroups of the node's containers.
+	containers nodeContainers
 	// drain tells a sidecar that its pod is about to end; nil: nobody is told.
 	drain func(context.Context, proxyTarget) error
 
@@ -97,6 +99,9 @@ type agent struct {
 	counts   podCounts
 	// sidecarsOf are the sidecars of redirected pods.
 	sidecarsOf []proxyTarget
+	// proxyCgroups are those of the sidecars' containers, as far as they are
+	// known, by what the sidecar server knows the pod by.
+	proxyCgroups map[string]string
 }
 
 // A podState is what the agent did for a sandbox.
@@ -108,6 +113,8 @@ type podState struct {
 	drained  bool
 	// hostUIDs are what users of the pod are on the node, as far as was found out.
 	hostUIDs map[uint32]uint32
+	// proxy is the sidecar's container as it was last found.
+	proxy proxyContainer
 }
 
 type podCounts struct{ redirected, untouched, failed int }
@@ -555,6 +562,7 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 	if proxyUID != workload.Policy.ProxyUID {
 		workload.HostProxyUID = proxyUID
 	}
+	workload.ProxyCgroup = a.proxyCgroup(box, state)
 	if box.Userns != 0 {
 		if workload.Policy.Backend, err = usernsBackend(workload.Policy.Backend); err != nil {
 			return fmt.Errorf("redirect pod %s: %w", workload.Pod, err)
@@ -621,13 +629,17 @@ func (a *agent) proxyUID(box sandbox, state *podState, uid uint32) (uint32, erro
 }
 
 // refused is told that somebody who is not known as the proxy of a sandbox asked
-// for its configuration.
+// for its configuration: the proxy itself, if it has a user ID that could not be
+// known before, or was started again.
 func (a *agent) refused(ctx context.Context, id string) {
 	a.background.Go(func() {
 		err := a.call(ctx, func() error {
 			for _, box := range a.boxes.all() {
-				if state := a.pods[box.ContainerID]; box.id().String() == id && box.Userns != 0 &&
-					state != nil && state.hostUIDs == nil {
+				state := a.pods[box.ContainerID]
+				if box.id().String() != id || state == nil {
+					continue
+				}
+				if box.Userns != 0 && state.hostUIDs == nil || state.proxy.cgroup != "" && !a.containers.has(state.proxy.cgroup) {
 					return a.applyPod(ctx, box.ContainerID, time.Now())
 				}
 			}
@@ -686,6 +698,9 @@ func (a *agent) release(ctx context.Context, box sandbox) error {
 // endServing ends what the sidecar of a sandbox is told.
 func (a *agent) endServing(box sandbox) error {
 	id := box.id().String()
+	a.mu.Lock()
+	delete(a.proxyCgroups, id)
+	a.mu.Unlock()
 	err := a.outside(func() error { return a.sidecars.ClosePod(id) })
 	a.sidecars.RemovePod(id)
 	if err != nil {

@@ -264,6 +264,7 @@ func newNode(t *testing.T) *testNode {
 		lock:   make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()),
 		started: make(chan struct{}), boxes: boxes, pods: map[string]*podState{},
 		fed: map[podwatch.Key][]podwatch.Key{}, awaiting: map[string]bool{}, problems: map[string]string{},
+		proxyCgroups: map[string]string{},
 	}}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

@@ -99,7 +99,7 @@ func (p planner) workload(pod *podwatch.Pod, s sandbox) (redirect.Workload, erro
 // the pod says nothing, or has another container run as the same, whose
 // connections would then pass for the proxy's.
 func proxyUser(pod *podwatch.Pod) (uid uint32, ok bool) {
-	i := slices.IndexFunc(pod.Containers, func(c podwatch.Container) bool { return isProxy(c.Name) })
+	i := slices.IndexFunc(pod.Containers, func(c podwatch.Container) bool { return isProxyName(c.Name) })
 	if i < 0 {
 		return 0, false
 	}
@@ -108,14 +108,16 @@ func proxyUser(pod *podwatch.Pod) (uid uint32, ok bool) {
 		return 0, false
 	}
 	for _, c := range pod.Containers {
-		if !isProxy(c.Name) && c.User == user {
+		if !isProxyName(c.Name) && c.User == user {
 			return 0, false
 		}
 	}
 	return uint32(user), true
 }
 
-func isProxy(container string) bool { return container == "sluice-proxy" || container == "istio-proxy" }
+func isProxyName(container string) bool {
+	return container == "sluice-proxy" || container == "istio-proxy"
+}
 
 // sidecar returns what the pod's own Envoy needs beyond what all share.
 func (p planner) sidecar(v view, pod *podwatch.Pod, s sandbox) (xds.Pod, error) {
@@ -167,7 +169,7 @@ func parseOutboundPolicy(s string) (xds.OutboundPolicy, error) {
 func inboundPorts(v view, pod *podwatch.Pod) []xds.InboundPort {
 	ports := map[uint16]xds.Protocol{}
 	for _, c := range pod.Containers {
-		if isProxy(c.Name) {
+		if isProxyName(c.Name) {
 			continue // what the proxy itself listens on is nothing to lead to it
 		}
 		for _, cp := range c.Ports {

@@ -108,16 +108,18 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 		reporter: from.reporter, backend: chosen,
 		lock: make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()), started: make(chan struct{}),
 		boxes: boxes, pods: map[string]*podState{}, awaiting: map[string]bool{}, fed: map[podwatch.Key][]podwatch.Key{},
-		problems: map[string]string{},
+		problems: map[string]string{}, proxyCgroups: map[string]string{},
 	}
 	if from.health != nil { // a directory's pods have no processes that could be found
 		a.find = findIn(c.proc)
 	}
 	a.hostUID = func(userns uint64, uid uint32) (uint32, error) { return netns.HostUID(c.proc, userns, uid) }
+	a.containers = nodeContainers{root: c.kernel.cgroup, proc: c.proc}
 	a.drain = newDrainer().Drain
 	sidecars, err := server.New(server.Options{
 		Log: log, Empty: translate.Empty, InNetns: netns.Do,
 		Refused: func(id string) { a.refused(ctx, id) },
+		IsProxy: a.isProxy,
 	})
 	if err != nil {
 		return fmt.Errorf("set up xDS server: %w", err)

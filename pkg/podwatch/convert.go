@@ -82,6 +82,11 @@ func convertPod(in *corev1.Pod) *Pod {
 	for i := range in.Spec.Containers {
 		out.Containers = append(out.Containers, convertContainer(&in.Spec, &in.Spec.Containers[i]))
 	}
+	for _, s := range slices.Concat(in.Status.InitContainerStatuses, in.Status.ContainerStatuses) {
+		if i := slices.IndexFunc(out.Containers, func(c Container) bool { return c.Name == s.Name }); i >= 0 && s.State.Running != nil {
+			_, out.Containers[i].RuntimeID, _ = strings.Cut(s.ContainerID, "://")
+		}
+	}
 	for _, ip := range in.Status.PodIPs {
 		out.Addrs = appendAddr(out.Addrs, ip.IP)
 	}

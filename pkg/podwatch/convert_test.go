@@ -28,3 +28,29 @@ func TestContainerUser(t *testing.T) {
 		t.Errorf("without any word container runs as %d", got)
 	}
 }
+
+// TestContainerRuntimeID: what does not run has none, of what runs the scheme of
+// the runtime is left out.
+func TestContainerRuntimeID(t *testing.T) {
+	always := corev1.ContainerRestartPolicyAlways
+	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
+	in := &corev1.Pod{
+		Spec: corev1.PodSpec{
+			InitContainers: []corev1.Container{{Name: "once"}, {Name: "sluice-proxy", RestartPolicy: &always}},
+			Containers:     []corev1.Container{{Name: "app"}, {Name: "new"}},
+		},
+		Status: corev1.PodStatus{
+			InitContainerStatuses: []corev1.ContainerStatus{
+				{Name: "once", ContainerID: "containerd://once", State: running},
+				{Name: "sluice-proxy", ContainerID: "containerd://proxy", State: running},
+			},
+			ContainerStatuses: []corev1.ContainerStatus{{Name: "app", ContainerID: "containerd://ended"}},
+		},
+	}
+	want := map[string]string{"sluice-proxy": "proxy", "app": "", "new": ""}
+	for _, c := range convertPod(in).Containers {
+		if id, known := want[c.Name]; !known || c.RuntimeID != id {
+			t.Errorf("%s has ID %q, want %q", c.Name, c.RuntimeID, id)
+		}
+	}
+}

@@ -77,6 +77,9 @@ type Container struct {
 	// User is the user ID that the pod says it runs as; 0 if it says none, which
 	// leaves that to the image, or says root.
 	User int64
+	// RuntimeID is the ID that the runtime gave the container when it last
+	// started, empty until the pod's status names it.
+	RuntimeID string
 }
 
 // A ContainerPort is a TCP port that a container declares.

@@ -62,6 +62,11 @@ type Workload struct {
 	// 0 if that is the same. It is another one in a pod that has a user namespace
 	// (hostUsers: false), and NoUID while that is not known.
 	HostProxyUID uint32 `json:",omitempty"`
+	// ProxyCgroup is the cgroup of the proxy's container, as a path below the
+	// root of the cgroup v2 hierarchy: of the processes with the proxy's user ID
+	// only those in there, or in a cgroup below, are the proxy. Empty: that is
+	// not known, and the user ID alone counts.
+	ProxyCgroup string `json:",omitempty"`
 }
 
 // NoUID is the user ID that nobody has (chown(2) takes it for "do not change").

@@ -128,3 +128,29 @@ func (h *handle) veth(local, bridge, peer string, peerFD int) error {
 func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
+
+// Unreachable makes the namespace refuse to send to a range.
+func (ns Namespace) Unreachable(tb testing.TB, p netip.Prefix) {
+	tb.Helper()
+	ns.link(tb, func(h *handle) error { return h.dead(p, unix.RTN_UNREACHABLE) })
+}
+
+// BlackHole makes the namespace drop what is sent to a range, and say nothing,
+// until tb ends.
+func (ns Namespace) BlackHole(tb testing.TB, p netip.Prefix) {
+	tb.Helper()
+	ns.link(tb, func(h *handle) error { return h.dead(p, unix.RTN_BLACKHOLE) })
+	tb.Cleanup(func() {
+		ns.link(tb, func(h *handle) error {
+			return h.RouteDel(&netlink.Route{Dst: ipNet(p), Type: unix.RTN_BLACKHOLE})
+		})
+	})
+}
+
+// dead adds a route that leads nowhere.
+func (h *handle) dead(p netip.Prefix, kind int) error {
+	if err := h.RouteAdd(&netlink.Route{Dst: ipNet(p), Type: kind}); err != nil {
+		return fmt.Errorf("add route to %s: %w", p, err)
+	}
+	return nil
+}

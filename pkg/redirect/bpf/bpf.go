@@ -166,7 +166,7 @@ func (r *Redirector) load(sizes Sizes, host uint64, object func() (*ebpf.Collect
 		return err
 	}
 	for name, n := range map[string]uint32{
-		redirectMapPods: sizes.Pods, redirectMapPodMeta: sizes.Pods, redirectMapStats: sizes.Pods,
+		redirectMapPods: sizes.Pods, redirectMapPodMeta: sizes.Pods, redirectMapStats: sizes.Pods, redirectMapProxyCgroups: sizes.Pods,
 		redirectMapPodIps: 2 * sizes.Pods, redirectMapListeners: 2 * sizes.Pods,
 		redirectMapPorts: sizes.Ports, redirectMapCidrs: sizes.CIDRs, redirectMapHandover: sizes.Handover,
 		redirectMapProbes: sizes.Probes,
@@ -601,7 +601,7 @@ func (r *Redirector) cleanNamespaces(ctx context.Context) error {
 	defer func() { _ = r.store.PodMeta.Close() }()
 	var errs []error
 	err = r.store.each(func(_ uint64, meta *redirectSlMeta) error {
-		_, err := cleanNamespace(meta, atOnce)
+		_, err := cleanNamespace(r.dir, meta, atOnce)
 		errs = append(errs, err)
 		return ctx.Err()
 	})

@@ -106,6 +106,7 @@ func (r *Redirector) MapUsage(ctx context.Context) ([]redirect.MapUsage, error) 
 		{redirectMapHandover, s.Handover},
 		{redirectMapListeners, s.Listeners},
 		{redirectMapProbes, s.Probes},
+		{redirectMapProxyCgroups, s.ProxyCgroups},
 	} {
 		n, err := count(ctx, m.m)
 		if err != nil {

@@ -298,6 +298,7 @@ func TestMapsKeepTheirSize(t *testing.T) {
 		{Name: "handover", Capacity: 32},
 		{Name: "listeners", Capacity: 6},
 		{Name: "probes", Capacity: 33},
+		{Name: "proxy_cgroups", Capacity: 3},
 	}
 	if diff := cmp.Diff(want, usage); diff != "" {
 		t.Errorf("usage (-want +got):\n%s", diff)

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 )
 
@@ -76,7 +77,8 @@ func (r *Redirector) ensure(h inside, w redirect.Workload) error {
 		return err
 	}
 	if old != nil && old.Digest == uint64(w.Digest()) && r.outsideProblem(cookie, meta, old) == nil && r.insideProblem(h, meta, old) == nil {
-		return nil
+		// A build that knew nothing of it may have kept the rest as it is.
+		return r.setProxyCgroup(cookie, w.ProxyCgroup)
 	}
 	if err := r.add(h, cookie, w, meta, old); err != nil {
 		return fmt.Errorf("redirect network namespace %s: %w", w.Netns, err)
@@ -140,12 +142,31 @@ func (r *Redirector) add(h inside, cookie uint64, w redirect.Workload, meta *red
 			return err
 		}
 	}
+	if err := r.setProxyCgroup(cookie, w.ProxyCgroup); err != nil {
+		return err
+	}
 	// After this line the pod's traffic is redirected as w says.
 	if err := write(r.store.Pods, redirectMapPods, cookie, pod, ebpf.UpdateAny); err != nil {
 		return err
 	}
 	live = true
 	return r.trim(h, cookie, pod, old)
+}
+
+// setProxyCgroup says which cgroup the proxy's processes are in; "" is not known.
+func (r *Redirector) setProxyCgroup(cookie uint64, path string) error {
+	if path == "" {
+		return deleteKey(r.store.ProxyCgroups, cookie)
+	}
+	root, err := r.root()
+	if err != nil {
+		return err
+	}
+	proxy, err := cgroup.Get(filepath.Join(root, path))
+	if err != nil {
+		return fmt.Errorf("find cgroup of the proxy: %w", err)
+	}
+	return write(r.store.ProxyCgroups, redirectMapProxyCgroups, cookie, proxy.ID, ebpf.UpdateAny)
 }
 
 // addStats makes the counters of a pod, unless it has them.
@@ -284,6 +305,10 @@ func (r *Redirector) attachPod(h inside, meta *redirectSlMeta, pod *redirectSlPo
 			return err
 		}
 	}
+	if err := reusePorts(r.dir, meta.NetnsInode); err != nil {
+		// A limit, no reason to leave the pod without redirection.
+		r.log.Warn("ports of a pod's clients are used again only after a minute", "pod", text(meta.Pod[:]), "pod_uid", text(meta.Uid[:]), "err", err)
+	}
 	if pod.has6() {
 		return h.awaitProxySource6()
 	}
@@ -337,7 +362,7 @@ func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 		return false, detachAll(r.podDir(id))
 	}
 	err = errors.Join(r.store.release(cookie), detachAll(r.podDir(id)))
-	left, inside := cleanNamespace(meta, how)
+	left, inside := cleanNamespace(r.dir, meta, how)
 	if err = errors.Join(err, inside); err != nil || left {
 		return left, err // meta stays, so that the rest is found
 	}
@@ -346,12 +371,12 @@ func (r *Redirector) remove(id redirect.ID, how ending) (left bool, err error) {
 
 // cleanNamespace removes what a pod has inside its namespace, if that is still
 // there, and says whether ::6 has to stay.
-func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
+func cleanNamespace(dir string, meta *redirectSlMeta, how ending) (left bool, err error) {
 	path := text(meta.Netns[:])
 	err = sameNamespace(path, meta.NetnsInode)
 	if err == nil {
 		err = within(path, func(h inside) error {
-			err := h.detachFilters(func(int) bool { return false }, meta.interfaces())
+			err := errors.Join(h.detachFilters(func(int) bool { return false }, meta.interfaces()), restorePorts(dir, meta.NetnsInode))
 			if how == whenIdle {
 				var used error
 				left, used = proxySource6Used()
@@ -364,7 +389,7 @@ func cleanNamespace(meta *redirectSlMeta, how ending) (left bool, err error) {
 		})
 	}
 	if errors.Is(err, redirect.ErrGone) {
-		return false, nil
+		return false, forgetReuse(dir, meta.NetnsInode)
 	}
 	return left, err
 }

@@ -171,6 +171,7 @@ type dial struct {
 	port      uint16
 	uid, mark uint32
 	boundIf   uint32
+	outsider  bool
 }
 
 // question is what the verdict program takes for d.
@@ -179,6 +180,9 @@ func (d dial) question(tb testing.TB, cookie uint64) []byte {
 	q := verdictSlQuestion{Netns: cookie, Direction: uint32(d.direction)}
 	q.Dial.Dst.Byte, q.Dial.Src.Byte = d.dst.As16(), d.src.As16()
 	q.Dial.Uid, q.Dial.Mark, q.Dial.BoundIf, q.Dial.Port = d.uid, d.mark, d.boundIf, d.port
+	if d.outsider {
+		q.Dial.Outsider = 1
+	}
 	b, err := binary.Append(nil, binary.NativeEndian, &q)
 	if err != nil {
 		tb.Fatal(err)
@@ -208,7 +212,7 @@ func (d dial) want(w redirect.Workload, routes []route) redirectSlReason {
 	if d.direction == redirectSlDirectionSL_INBOUND {
 		return inbound()
 	}
-	proxy := d.uid == w.Policy.ProxyUID
+	proxy := d.uid == w.Policy.ProxyUID && !d.outsider
 	own := slices.Contains(w.Addrs, d.dst)
 	loopback := d.dst.IsLoopback() || d.dst.IsUnspecified() || d.dst == netip.MustParseAddr("::6")
 	if (own || loopback) && d.port == redirect.AdminPort && !proxy && d.mark != AgentMark {
@@ -333,7 +337,8 @@ func randomDial(rnd *rand.Rand, w redirect.Workload) dial {
 	d := dial{
 		direction: []redirectSlDirection{redirectSlDirectionSL_OUTBOUND, redirectSlDirectionSL_INBOUND}[rnd.IntN(2)],
 		dst:       randomAddr(rnd), src: netip.IPv6Unspecified(), port: randomPort(rnd),
-		uid: []uint32{0, 1000, redirect.DefaultProxyUID}[rnd.IntN(3)],
+		uid:      []uint32{0, 1000, redirect.DefaultProxyUID}[rnd.IntN(3)],
+		outsider: rnd.IntN(4) == 0,
 	}
 	switch rnd.IntN(6) {
 	case 0:

@@ -163,6 +163,7 @@ const (
 	redirectMapPods            = "pods"
 	redirectMapPorts           = "ports"
 	redirectMapProbes          = "probes"
+	redirectMapProxyCgroups    = "proxy_cgroups"
 	redirectMapStats           = "stats"
 	redirectMapTargets         = "targets"
 	redirectProgSlConnect4     = "sl_connect4"
@@ -237,18 +238,19 @@ type redirectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type redirectMapSpecs struct {
-	Cidrs      *ebpf.MapSpec `ebpf:"cidrs"`
-	Handover   *ebpf.MapSpec `ebpf:"handover"`
-	Layouts    *ebpf.MapSpec `ebpf:"layouts"`
-	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
-	PodCgroups *ebpf.MapSpec `ebpf:"pod_cgroups"`
-	PodIps     *ebpf.MapSpec `ebpf:"pod_ips"`
-	PodMeta    *ebpf.MapSpec `ebpf:"pod_meta"`
-	Pods       *ebpf.MapSpec `ebpf:"pods"`
-	Ports      *ebpf.MapSpec `ebpf:"ports"`
-	Probes     *ebpf.MapSpec `ebpf:"probes"`
-	Stats      *ebpf.MapSpec `ebpf:"stats"`
-	Targets    *ebpf.MapSpec `ebpf:"targets"`
+	Cidrs        *ebpf.MapSpec `ebpf:"cidrs"`
+	Handover     *ebpf.MapSpec `ebpf:"handover"`
+	Layouts      *ebpf.MapSpec `ebpf:"layouts"`
+	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
+	PodCgroups   *ebpf.MapSpec `ebpf:"pod_cgroups"`
+	PodIps       *ebpf.MapSpec `ebpf:"pod_ips"`
+	PodMeta      *ebpf.MapSpec `ebpf:"pod_meta"`
+	Pods         *ebpf.MapSpec `ebpf:"pods"`
+	Ports        *ebpf.MapSpec `ebpf:"ports"`
+	Probes       *ebpf.MapSpec `ebpf:"probes"`
+	ProxyCgroups *ebpf.MapSpec `ebpf:"proxy_cgroups"`
+	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // redirectVariableSpecs contains global variables before they are loaded into the kernel.
@@ -279,18 +281,19 @@ func (o *redirectObjects) Close() error {
 //
 // It can be passed to loadRedirectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type redirectMaps struct {
-	Cidrs      *ebpf.Map `ebpf:"cidrs"`
-	Handover   *ebpf.Map `ebpf:"handover"`
-	Layouts    *ebpf.Map `ebpf:"layouts"`
-	Listeners  *ebpf.Map `ebpf:"listeners"`
-	PodCgroups *ebpf.Map `ebpf:"pod_cgroups"`
-	PodIps     *ebpf.Map `ebpf:"pod_ips"`
-	PodMeta    *ebpf.Map `ebpf:"pod_meta"`
-	Pods       *ebpf.Map `ebpf:"pods"`
-	Ports      *ebpf.Map `ebpf:"ports"`
-	Probes     *ebpf.Map `ebpf:"probes"`
-	Stats      *ebpf.Map `ebpf:"stats"`
-	Targets    *ebpf.Map `ebpf:"targets"`
+	Cidrs        *ebpf.Map `ebpf:"cidrs"`
+	Handover     *ebpf.Map `ebpf:"handover"`
+	Layouts      *ebpf.Map `ebpf:"layouts"`
+	Listeners    *ebpf.Map `ebpf:"listeners"`
+	PodCgroups   *ebpf.Map `ebpf:"pod_cgroups"`
+	PodIps       *ebpf.Map `ebpf:"pod_ips"`
+	PodMeta      *ebpf.Map `ebpf:"pod_meta"`
+	Pods         *ebpf.Map `ebpf:"pods"`
+	Ports        *ebpf.Map `ebpf:"ports"`
+	Probes       *ebpf.Map `ebpf:"probes"`
+	ProxyCgroups *ebpf.Map `ebpf:"proxy_cgroups"`
+	Stats        *ebpf.Map `ebpf:"stats"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *redirectMaps) Close() error {
@@ -305,6 +308,7 @@ func (m *redirectMaps) Close() error {
 		m.Pods,
 		m.Ports,
 		m.Probes,
+		m.ProxyCgroups,
 		m.Stats,
 		m.Targets,
 	)

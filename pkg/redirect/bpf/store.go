@@ -497,5 +497,5 @@ func (s *store) release(cookie uint64) error {
 	for _, family := range []uint32{unix.AF_INET, unix.AF_INET6} {
 		errs = append(errs, deleteKey(s.Listeners, &redirectSlListenerKey{Netns: cookie, Family: family}))
 	}
-	return errors.Join(append(errs, deleteKey(s.Stats, cookie))...)
+	return errors.Join(append(errs, deleteKey(s.ProxyCgroups, cookie), deleteKey(s.Stats, cookie))...)
 }

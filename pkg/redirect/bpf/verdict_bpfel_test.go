@@ -101,14 +101,14 @@ type verdictSlQuestion struct {
 	Netns     uint64
 	Direction uint32
 	Dial      struct {
-		_       structs.HostLayout
-		Dst     verdictSlAddr
-		Src     verdictSlAddr
-		Uid     uint32
-		Mark    uint32
-		BoundIf uint32
-		Port    uint16
-		Pad     uint16
+		_        structs.HostLayout
+		Dst      verdictSlAddr
+		Src      verdictSlAddr
+		Uid      uint32
+		Mark     uint32
+		BoundIf  uint32
+		Port     uint16
+		Outsider uint16
 	}
 	_ [4]byte
 }
@@ -130,21 +130,22 @@ type verdictSlTarget struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	verdictMapCidrs       = "cidrs"
-	verdictMapHandover    = "handover"
-	verdictMapLayouts     = "layouts"
-	verdictMapListeners   = "listeners"
-	verdictMapPodCgroups  = "pod_cgroups"
-	verdictMapPodIps      = "pod_ips"
-	verdictMapPodMeta     = "pod_meta"
-	verdictMapPods        = "pods"
-	verdictMapPorts       = "ports"
-	verdictMapProbes      = "probes"
-	verdictMapStats       = "stats"
-	verdictMapTargets     = "targets"
-	verdictProgSlVerdict  = "sl_verdict"
-	verdictVarSlHaveMptcp = "sl_have_mptcp"
-	verdictVarSlHostNetns = "sl_host_netns"
+	verdictMapCidrs        = "cidrs"
+	verdictMapHandover     = "handover"
+	verdictMapLayouts      = "layouts"
+	verdictMapListeners    = "listeners"
+	verdictMapPodCgroups   = "pod_cgroups"
+	verdictMapPodIps       = "pod_ips"
+	verdictMapPodMeta      = "pod_meta"
+	verdictMapPods         = "pods"
+	verdictMapPorts        = "ports"
+	verdictMapProbes       = "probes"
+	verdictMapProxyCgroups = "proxy_cgroups"
+	verdictMapStats        = "stats"
+	verdictMapTargets      = "targets"
+	verdictProgSlVerdict   = "sl_verdict"
+	verdictVarSlHaveMptcp  = "sl_have_mptcp"
+	verdictVarSlHostNetns  = "sl_host_netns"
 )
 
 // loadVerdict returns the embedded CollectionSpec for verdict.
@@ -196,18 +197,19 @@ type verdictProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type verdictMapSpecs struct {
-	Cidrs      *ebpf.MapSpec `ebpf:"cidrs"`
-	Handover   *ebpf.MapSpec `ebpf:"handover"`
-	Layouts    *ebpf.MapSpec `ebpf:"layouts"`
-	Listeners  *ebpf.MapSpec `ebpf:"listeners"`
-	PodCgroups *ebpf.MapSpec `ebpf:"pod_cgroups"`
-	PodIps     *ebpf.MapSpec `ebpf:"pod_ips"`
-	PodMeta    *ebpf.MapSpec `ebpf:"pod_meta"`
-	Pods       *ebpf.MapSpec `ebpf:"pods"`
-	Ports      *ebpf.MapSpec `ebpf:"ports"`
-	Probes     *ebpf.MapSpec `ebpf:"probes"`
-	Stats      *ebpf.MapSpec `ebpf:"stats"`
-	Targets    *ebpf.MapSpec `ebpf:"targets"`
+	Cidrs        *ebpf.MapSpec `ebpf:"cidrs"`
+	Handover     *ebpf.MapSpec `ebpf:"handover"`
+	Layouts      *ebpf.MapSpec `ebpf:"layouts"`
+	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
+	PodCgroups   *ebpf.MapSpec `ebpf:"pod_cgroups"`
+	PodIps       *ebpf.MapSpec `ebpf:"pod_ips"`
+	PodMeta      *ebpf.MapSpec `ebpf:"pod_meta"`
+	Pods         *ebpf.MapSpec `ebpf:"pods"`
+	Ports        *ebpf.MapSpec `ebpf:"ports"`
+	Probes       *ebpf.MapSpec `ebpf:"probes"`
+	ProxyCgroups *ebpf.MapSpec `ebpf:"proxy_cgroups"`
+	Stats        *ebpf.MapSpec `ebpf:"stats"`
+	Targets      *ebpf.MapSpec `ebpf:"targets"`
 }
 
 // verdictVariableSpecs contains global variables before they are loaded into the kernel.
@@ -238,18 +240,19 @@ func (o *verdictObjects) Close() error {
 //
 // It can be passed to loadVerdictObjects or ebpf.CollectionSpec.LoadAndAssign.
 type verdictMaps struct {
-	Cidrs      *ebpf.Map `ebpf:"cidrs"`
-	Handover   *ebpf.Map `ebpf:"handover"`
-	Layouts    *ebpf.Map `ebpf:"layouts"`
-	Listeners  *ebpf.Map `ebpf:"listeners"`
-	PodCgroups *ebpf.Map `ebpf:"pod_cgroups"`
-	PodIps     *ebpf.Map `ebpf:"pod_ips"`
-	PodMeta    *ebpf.Map `ebpf:"pod_meta"`
-	Pods       *ebpf.Map `ebpf:"pods"`
-	Ports      *ebpf.Map `ebpf:"ports"`
-	Probes     *ebpf.Map `ebpf:"probes"`
-	Stats      *ebpf.Map `ebpf:"stats"`
-	Targets    *ebpf.Map `ebpf:"targets"`
+	Cidrs        *ebpf.Map `ebpf:"cidrs"`
+	Handover     *ebpf.Map `ebpf:"handover"`
+	Layouts      *ebpf.Map `ebpf:"layouts"`
+	Listeners    *ebpf.Map `ebpf:"listeners"`
+	PodCgroups   *ebpf.Map `ebpf:"pod_cgroups"`
+	PodIps       *ebpf.Map `ebpf:"pod_ips"`
+	PodMeta      *ebpf.Map `ebpf:"pod_meta"`
+	Pods         *ebpf.Map `ebpf:"pods"`
+	Ports        *ebpf.Map `ebpf:"ports"`
+	Probes       *ebpf.Map `ebpf:"probes"`
+	ProxyCgroups *ebpf.Map `ebpf:"proxy_cgroups"`
+	Stats        *ebpf.Map `ebpf:"stats"`
+	Targets      *ebpf.Map `ebpf:"targets"`
 }
 
 func (m *verdictMaps) Close() error {
@@ -264,6 +267,7 @@ func (m *verdictMaps) Close() error {
 		m.Pods,
 		m.Ports,
 		m.Probes,
+		m.ProxyCgroups,
 		m.Stats,
 		m.Targets,
 	)

@@ -3,6 +3,7 @@ package cgroup_test
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,7 +15,20 @@ import (
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
-func TestMain(m *testing.M) { os.Exit(netnstest.VerifyNoLeaks(m)) }
+// peerEnv names the socket that the process is to connect to, and no more.
+const peerEnv = "SLUICE_TEST_PEER"
+
+func TestMain(m *testing.M) {
+	if name := os.Getenv(peerEnv); name != "" {
+		c, err := net.Dial("unix", name)
+		if err == nil {
+			_, err = c.Read(make([]byte, 1)) // until it is killed
+		}
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(netnstest.VerifyNoLeaks(m))
+}
 
 // tree makes directories; those that end in * have a process in them.
 func tree(t *testing.T, dirs ...string) string {

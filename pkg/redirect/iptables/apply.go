@@ -45,6 +45,8 @@ type tool struct {
 	// share: what they do in other namespaces is no reason to wait. Empty leaves
 	// it in place, for the namespace that they work in.
 	lock string
+	// noCgroups is why rules cannot match a path of cgroup v2; nil if they can.
+	noCgroups error
 }
 
 // familyName is what the family's programs are called.
@@ -80,18 +82,33 @@ func lookPath(name string) (string, error) {
 
 // probe applies the rules of a pod in a namespace that lives only as long as
 // iptables-restore, because only that shows that the kernel has all of it.
-func (t tool) probe(ctx context.Context) error {
+func (t tool) probe(ctx context.Context, proxyCgroup string) error {
 	addr := netip.MustParseAddr("192.0.2.1")
 	if !t.v4 {
 		addr = netip.MustParseAddr("2001:db8::1")
 	}
-	w := redirect.Workload{Addrs: []netip.Addr{addr}, Interfaces: []string{"eth0"}, Policy: redirect.DefaultPolicy()}
+	w := redirect.Workload{Addrs: []netip.Addr{addr}, Interfaces: []string{"eth0"}, Policy: redirect.DefaultPolicy(), ProxyCgroup: proxyCgroup}
 	cmd := t.restoreCommand(ctx, installText(tables(w, addr, netip.Addr{}), nil))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
 	if _, err := run(cmd); err != nil {
 		return fmt.Errorf("try rules with %s %s: %w: %w", familyName(t.v4), t.variant, redirect.ErrNotSupported, err)
 	}
 	return nil
+}
+
+// probeCgroups is probe for rules that tell the proxy by its cgroup. This
+// process' own is there for sure, whatever its cgroup namespace.
+func (t tool) probeCgroups(ctx context.Context) error {
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return fmt.Errorf("find own cgroup: %w", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::"); ok {
+			return t.probe(ctx, path)
+		}
+	}
+	return fmt.Errorf("this process is in no cgroup of v2: %w", redirect.ErrNotSupported)
 }
 
 // read returns what is in the namespace that the calling thread is in.

@@ -460,27 +460,31 @@ func (h *host) applyFamily(ctx context.Context, v4 bool) error {
 // do runs fn on a thread in the node's network namespace and, where there is
 // one, in its cgroup namespace: the kernel takes paths of cgroups from there.
 func (h *host) do(fn func() error) error {
-	return netns.Do(h.netns, func() error {
-		if h.cgroups == "" {
-			return fn()
-		}
-		home, err := unix.Open("/proc/thread-self/ns/cgroup", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open own cgroup namespace: %w", err)
-		}
-		defer func() { _ = unix.Close(home) }()
-		there, err := unix.Open(h.cgroups, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-		if err != nil {
-			return fmt.Errorf("open cgroup namespace %s: %w", h.cgroups, err)
-		}
-		defer func() { _ = unix.Close(there) }()
-		if err := unix.Setns(there, unix.CLONE_NEWCGROUP); err != nil {
-			return fmt.Errorf("enter cgroup namespace %s: %w", h.cgroups, err)
-		}
-		err = fn()
-		if unix.Setns(home, unix.CLONE_NEWCGROUP) != nil {
-			runtime.Goexit() // and the thread with it
-		}
-		return err
-	})
+	return netns.Do(h.netns, func() error { return h.withCgroups(fn) })
+}
+
+// withCgroups is the part of do that concerns cgroups, on a thread that is its
+// caller's alone.
+func (h *host) withCgroups(fn func() error) error {
+	if h.cgroups == "" {
+		return fn()
+	}
+	home, err := unix.Open("/proc/thread-self/ns/cgroup", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open own cgroup namespace: %w", err)
+	}
+	defer func() { _ = unix.Close(home) }()
+	there, err := unix.Open(h.cgroups, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open cgroup namespace %s: %w", h.cgroups, err)
+	}
+	defer func() { _ = unix.Close(there) }()
+	if err := unix.Setns(there, unix.CLONE_NEWCGROUP); err != nil {
+		return fmt.Errorf("enter cgroup namespace %s: %w", h.cgroups, err)
+	}
+	err = fn()
+	if unix.Setns(home, unix.CLONE_NEWCGROUP) != nil {
+		runtime.Goexit() // and the thread with it
+	}
+	return err
 }

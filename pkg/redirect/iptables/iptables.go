@@ -121,7 +121,10 @@ func open(o Options, look func(string) (string, error)) (*Redirector, error) {
 			}
 			t, err := findTool(look, variant, v4, filepath.Join(o.StateDir, "xtables.lock"))
 			if err == nil {
-				err = t.probe(ctx)
+				err = t.probe(ctx, "")
+			}
+			if err == nil {
+				t.noCgroups = t.probeCgroups(ctx)
 			}
 			if err != nil {
 				r.why[v4] = errors.Join(r.why[v4], err)
@@ -285,9 +288,11 @@ func (r *Redirector) install(ctx context.Context, w redirect.Workload, old recor
 	var g errgroup.Group
 	for i, v4 := range families {
 		g.Go(func() error {
-			return netns.Do(w.Netns, func() (err error) {
-				found[i], err = r.installFamily(ctx, w, v4, old, noWayBack[v4])
-				return err
+			return netns.Do(w.Netns, func() error {
+				return r.host.withCgroups(func() (err error) {
+					found[i], err = r.installFamily(ctx, w, v4, old, noWayBack[v4])
+					return err
+				})
 			})
 		})
 	}
@@ -329,6 +334,11 @@ func (r *Redirector) installFamily(ctx context.Context, w redirect.Workload, v4 
 		var source netip.Addr
 		if !noWayBack {
 			source = r.host.source(v4)
+		}
+		if w.ProxyCgroup != "" && chosen.noCgroups != nil {
+			r.log.WarnContext(ctx, "any process with the proxy's user passes for the proxy: rules cannot tell its container",
+				"pod", w.Pod, "pod_uid", w.ID.PodUID, "netns", w.Netns, "backend", redirect.BackendIPTables, "reason", chosen.noCgroups)
+			w.ProxyCgroup = ""
 		}
 		// From here on traffic is affected.
 		if err := chosen.apply(ctx, installText(tables(w, addr, source), have[chosen.variant])); err != nil {

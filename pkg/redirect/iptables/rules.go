@@ -140,14 +140,21 @@ func tables(w redirect.Workload, addr, source netip.Addr) []table {
 // counts the redirected connections that no proxy was there for: the kernel
 // answers their SYN with a RST, so conntrack never sees them assured.
 func filterChain(w redirect.Workload) chain {
+	others := []string{fmt.Sprintf("-m owner ! --uid-owner %d", w.Policy.ProxyUID)}
+	if w.ProxyCgroup != "" {
+		others = append(others, "-m cgroup ! --path "+quote(w.ProxyCgroup))
+	}
+	var rules []string
+	for _, match := range others {
+		rules = append(rules, fmt.Sprintf("-o lo -p tcp -m tcp --dport %d --tcp-flags FIN,SYN,RST,ACK SYN -m mark ! --mark %#x %s -g SLUICE_ADMIN",
+			redirect.AdminPort, agentMark, match))
+	}
 	down := " -m tcp --sport %d --tcp-flags SYN,RST RST -m conntrack --ctstate DNAT ! --ctstatus ASSURED -g %s"
-	return chain{"SLUICE_FILTER", []string{
-		fmt.Sprintf("-o lo -p tcp -m tcp --dport %d --tcp-flags FIN,SYN,RST,ACK SYN -m mark ! --mark %#x -m owner ! --uid-owner %d -g SLUICE_ADMIN",
-			redirect.AdminPort, agentMark, w.Policy.ProxyUID),
+	return chain{"SLUICE_FILTER", append(rules,
 		fmt.Sprintf("-o lo -p tcp"+down, redirect.OutboundPort, "SLUICE_OUT_DOWN"),
 		fmt.Sprintf("-o lo -p tcp"+down, redirect.InboundPort, "SLUICE_SELF_DOWN"),
 		fmt.Sprintf("! -o lo -p tcp"+down, redirect.InboundPort, "SLUICE_IN_DOWN"),
-	}}
+	)}
 }
 
 // A builder writes chains one after the other. Chains lead on by goto only, so
@@ -176,15 +183,18 @@ func (b *builder) outbound(w redirect.Workload, addr netip.Addr) {
 		source, loopback = "::6/128", "::1/128"
 	}
 	own := netip.PrefixFrom(addr, addr.BitLen())
-	uid := w.Policy.ProxyUID
+	proxy := fmt.Sprintf("-m owner --uid-owner %d", w.Policy.ProxyUID)
+	if w.ProxyCgroup != "" {
+		proxy += " -m cgroup --path " + quote(w.ProxyCgroup)
+	}
 
 	b.begin("SLUICE_OUTPUT")
 	// What the proxy hands to the app must not come back to the proxy.
 	b.rule("-s %s -o lo -g SLUICE_OUT_PROXY", source)
 	b.rule("-d %s -g SLUICE_OUT_LOOPBACK", loopback)
 	// The proxy picked its own pod as the endpoint of a service.
-	b.rule("-d %s -m owner --uid-owner %d -g SLUICE_SELF", own, uid)
-	b.rule("-m owner --uid-owner %d -g SLUICE_OUT_PROXY", uid)
+	b.rule("-d %s %s -g SLUICE_SELF", own, proxy)
+	b.rule("%s -g SLUICE_OUT_PROXY", proxy)
 	b.rule("-o lo -g SLUICE_OUT_OWN")
 	for _, name := range w.Policy.ExcludeInterfaces {
 		b.rule("-o %s -g SLUICE_OUT_X_IF", name)

@@ -69,6 +69,9 @@ func TestGolden(t *testing.T) {
 			w.Interfaces = []string{"eth0", "net2"}
 			w.Policy.ExcludeInterfaces = []string{"net1", "tun0"}
 		}},
+		{"proxy_cgroup", func(w *redirect.Workload) {
+			w.ProxyCgroup = "/kubepods.slice/kubepods-poduid.slice/cri-containerd-0123.scope"
+		}},
 		{"all_excluded", func(w *redirect.Workload) {
 			w.Policy.Outbound.ExcludePorts = redirect.Ports{All: true}
 			w.Policy.Inbound.ExcludePorts = redirect.Ports{All: true}

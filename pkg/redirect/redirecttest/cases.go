@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"syscall"
@@ -19,7 +21,7 @@ import (
 
 // cases is the table.
 func cases() []testCase {
-	return slices.Concat(outboundCases(), inboundCases(), probeCases(), failClosedCases(), lifecycleCases())
+	return slices.Concat(outboundCases(), socketCases(), inboundCases(), streamCases(), burstCases(), neighbourCases(), probeCases(), failClosedCases(), lifecycleCases())
 }
 
 func outboundCases() []testCase {
@@ -190,6 +192,47 @@ func outboundCases() []testCase {
 			},
 		},
 		{
+			name: "outbound/every port included, no address", proxy: tell,
+			policy: func(e *env, p *redirect.Policy) {
+				p.Outbound = redirect.OutboundPolicy{IncludePorts: redirect.Ports{All: true}}
+			},
+			run: func(e *env) {
+				c, a := e.connect(e.pod.Namespace, e.peerPort(appPort))
+				e.wantOutbound(c, a, e.peerPort(appPort))
+			},
+		},
+		{
+			name: "outbound/every port and address excluded", proxy: tell,
+			policy: func(e *env, p *redirect.Policy) {
+				if e.v4 {
+					p.Outbound.ExcludePorts = redirect.Ports{All: true}
+				} else {
+					p.Outbound.ExcludeCIDRs = redirect.CIDRs{All: true}
+				}
+				p.Inbound.ExcludePorts = redirect.Ports{All: true}
+			},
+			run: func(e *env) {
+				e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer")
+				e.wantBare(e.ask(e.peer.Namespace, e.podPort(appPort)), "app")
+			},
+		},
+		{
+			name: "outbound/addresses of one family included", proxy: tell,
+			policy: func(e *env, p *redirect.Policy) {
+				all4, all6 := netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+				p.Outbound.IncludeCIDRs = redirect.CIDRs{List: []netip.Prefix{all4}}
+				p.Outbound.ExcludeCIDRs = redirect.CIDRs{List: []netip.Prefix{all6}}
+			},
+			run: func(e *env) {
+				a := e.ask(e.pod.Namespace, e.peerPort(appPort))
+				if e.v4 {
+					e.wantProxy(a, redirect.OutboundPort, e.peerPort(appPort))
+				} else {
+					e.wantBare(a, "peer")
+				}
+			},
+		},
+		{
 			name: "outbound/nothing included", proxy: tell,
 			policy: func(e *env, p *redirect.Policy) { p.Outbound = redirect.OutboundPolicy{} },
 			run:    func(e *env) { e.wantBare(e.ask(e.pod.Namespace, e.peerPort(appPort)), "peer") },
@@ -290,6 +333,65 @@ func outboundCases() []testCase {
 				}
 			},
 		},
+		{name: "proxy/only in its container", byHand: true, run: func(e *env) {
+			dirs := make(map[string]string)
+			root := netnstest.NewCgroup(e)
+			for _, name := range []string{"proxy", "proxy/below", "app"} {
+				dirs[name] = filepath.Join(root, name)
+				if err := os.MkdirAll(dirs[name], 0o755); err != nil {
+					e.Fatal(err)
+				}
+			}
+			path := func(name string) string { return e.cgroupPath(dirs[name]) }
+			e.w.ProxyCgroup = path("proxy")
+			e.add(nil)
+			uid := e.w.Policy.ProxyUID
+			e.proxy = startIn(e, e.pod.Namespace, dirs["proxy"], uid, tell)
+			below := startIn(e, e.pod.Namespace, dirs["proxy/below"], uid, dialer)
+			app := startIn(e, e.pod.Namespace, dirs["app"], uid, dialer)
+			admin := netip.AddrPortFrom(e.loopback(), redirect.AdminPort)
+			e.pod.Serve(e, admin, "admin")
+			for name, p := range map[string]*proxy{"the proxy": e.proxy, "a cgroup below": below} {
+				for want, to := range map[string]netip.AddrPort{"peer": e.peerPort(appPort), "admin": admin} {
+					if a, err := p.dial(to, netip.Addr{}); err != nil || a.Name != want {
+						e.Errorf("%s dials %s and reaches %q, %v; want %q", name, to, a.Name, err, want)
+					}
+				}
+			}
+			wantApp := func() {
+				a, err := app.dial(e.peerPort(appPort), netip.Addr{})
+				if err != nil {
+					e.Fatal(err)
+				}
+				e.wantProxy(a, redirect.OutboundPort, e.peerPort(appPort))
+				if a, err := app.dial(admin, netip.Addr{}); err == nil {
+					e.Errorf("an app with the proxy's user reaches %q on the admin port", a.Name)
+				}
+				// Its own address is the app's, as for any app.
+				if a, err = app.dial(e.podPort(appPort), netip.Addr{}); err != nil {
+					e.Fatal(err)
+				}
+				e.wantBare(a, "app")
+			}
+			wantApp()
+			// The container may change: until that is known the user alone counts.
+			e.w.ProxyCgroup = ""
+			e.add(nil)
+			e.wantWhole(e.r)
+			if a, err := app.dial(e.peerPort(appPort), netip.Addr{}); err != nil || a.Name != "peer" {
+				e.Errorf("while no container is known the proxy's user reaches %q, %v", a.Name, err)
+			}
+			e.w.ProxyCgroup = path("proxy")
+			e.add(nil)
+			e.wantWhole(e.r)
+			wantApp()
+			gone := filepath.Join(e.w.ProxyCgroup, "gone")
+			e.w.ProxyCgroup = gone
+			if err := e.r.Add(e.Context(), e.w); err == nil {
+				e.Error("added with a cgroup that is not there")
+			}
+			wantApp()
+		}},
 		{name: "proxy/admin port", proxy: tell, run: func(e *env) {
 			admin := netip.AddrPortFrom(e.loopback(), redirect.AdminPort)
 			e.pod.Serve(e, admin, "admin")

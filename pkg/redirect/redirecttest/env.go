@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"syscall"
 	"testing"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/cgroup"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
@@ -97,6 +99,20 @@ func (e *env) add(change func(*redirect.Policy)) {
 	}
 }
 
+// cgroupPath is what a Workload calls the cgroup at dir.
+func (e *env) cgroupPath(dir string) string {
+	e.Helper()
+	root, err := cgroup.Root()
+	if err != nil {
+		e.Fatal(err)
+	}
+	rel, err := filepath.Rel(root, dir)
+	if err != nil {
+		e.Fatal(err)
+	}
+	return "/" + rel
+}
+
 // startProxy starts the pod's proxy in place of one that may run.
 func (e *env) startProxy(mode string) {
 	e.Helper()
@@ -146,13 +162,19 @@ func (e *env) ask(from netnstest.Namespace, to netip.AddrPort) answer {
 // and sees nothing of it.
 func (e *env) wantOutbound(c net.Conn, a answer, dst netip.AddrPort) {
 	e.Helper()
+	e.wantSeen(a, netnstest.AddrPort(c.LocalAddr()), netnstest.AddrPort(c.RemoteAddr()), dst)
+}
+
+// wantSeen is wantOutbound for a socket of another process: local and remote are
+// what getsockname and getpeername say of it.
+func (e *env) wantSeen(a answer, local, remote, dst netip.AddrPort) {
+	e.Helper()
 	e.wantProxy(a, redirect.OutboundPort, dst)
-	local := netnstest.AddrPort(c.LocalAddr())
 	if a.Peer != local {
 		e.Errorf("the proxy sees %s as source, the app's socket says %s", a.Peer, local)
 	}
-	if got := netnstest.AddrPort(c.RemoteAddr()); got != dst {
-		e.Errorf("getpeername says %s, want %s", got, dst)
+	if remote != dst {
+		e.Errorf("getpeername says %s, want %s", remote, dst)
 	}
 }
 
@@ -278,35 +300,39 @@ func (e *env) rawSocket(ns netnstest.Namespace, s socket) int {
 // rawConnect connects fd the way a C program does, blocking or not, and waits
 // for the result. In ns, because hooks look at the calling process.
 func rawConnect(ns netnstest.Namespace, fd int, to unix.Sockaddr) error {
-	return ns.Do(func() error {
-		timeout := unix.NsecToTimeval(askTimeout.Nanoseconds())
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
-			return err
-		}
-		err := unix.Connect(fd, to)
-		if !errors.Is(err, unix.EINPROGRESS) {
-			return err
-		}
-		poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-		for {
-			n, err := unix.Poll(poll, int(askTimeout.Milliseconds()))
-			if errors.Is(err, unix.EINTR) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			if n == 0 {
-				return unix.ETIMEDOUT
-			}
-			break
-		}
-		errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
-		if err == nil && errno != 0 {
-			err = syscall.Errno(errno)
-		}
+	return ns.Do(func() error { return connect(fd, to) })
+}
+
+// connect is rawConnect on the calling thread.
+func connect(fd int, to unix.Sockaddr) error {
+	timeout := unix.NsecToTimeval(askTimeout.Nanoseconds())
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &timeout); err != nil {
 		return err
-	})
+	}
+	err := unix.Connect(fd, to)
+	// A connect with a timeout that a signal interrupts, as Go's own do, goes on.
+	if !errors.Is(err, unix.EINPROGRESS) && !errors.Is(err, unix.EINTR) {
+		return err
+	}
+	poll := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	for {
+		n, err := unix.Poll(poll, int(askTimeout.Milliseconds()))
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			return unix.ETIMEDOUT
+		}
+		break
+	}
+	errno, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+	if err == nil && errno != 0 {
+		err = syscall.Errno(errno)
+	}
+	return err
 }
 
 // conn turns a connected socket into a net.Conn that closes with the case.

@@ -154,7 +154,7 @@ func probeCases() []testCase {
 				e.Errorf("counted %d probes, want 1000", got)
 			}
 			e.wantFromHostPod()
-			e.wantNoProbesLeft()
+			e.wantEmpty(probesMap)
 		}},
 		{
 			name: "probe/lives on without redirection", byHand: true,
@@ -251,8 +251,8 @@ func (e *env) probeMany(n int) {
 	others.Wait()
 }
 
-// wantNoProbesLeft waits until a backend's map of exempt connections is empty.
-func (e *env) wantNoProbesLeft() {
+// wantEmpty waits until a backend has nothing left in a map, if it has that map.
+func (e *env) wantEmpty(name string) {
 	e.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
@@ -263,7 +263,7 @@ func (e *env) wantNoProbesLeft() {
 		}
 		left := 0
 		for _, u := range usage {
-			if u.Name == probesMap {
+			if u.Name == name {
 				left = u.Entries
 			}
 		}
@@ -271,7 +271,7 @@ func (e *env) wantNoProbesLeft() {
 			return
 		}
 		if time.Now().After(deadline) {
-			e.Fatalf("%d connections are still exempt", left)
+			e.Fatalf("%d entries are left in map %s", left, name)
 		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -47,6 +48,8 @@ const (
 	onward = "onward"
 	// dialer: do not listen, only obey; an app's process with a UID of its own.
 	dialer = "dialer"
+	// brief: tell, and close at once.
+	brief = "brief"
 
 	// soOriginalDst is SO_ORIGINAL_DST and IP6T_SO_ORIGINAL_DST.
 	soOriginalDst = 80
@@ -80,13 +83,24 @@ type order struct {
 	// becomes of them. They are closed at once unless Keep is set.
 	Begin int
 	Keep  bool
+	// Fd, if not 0, is an open socket of the process to connect in place of a
+	// new one; Receive takes one that is passed over peerFd first.
+	Fd      int
+	Receive bool
 }
+
+// peerFd is the end of a socket pair that a process is started with if it is to
+// be passed sockets; what else it inherits follows.
+const peerFd = 3
 
 // A report is the answer to an order, and with neither field set the sign that
 // the proxy listens.
 type report struct {
 	Answer answer
 	Err    string
+	// Local and Peer are what getsockname and getpeername say of a socket that
+	// was given.
+	Local, Peer netip.AddrPort
 }
 
 // A proxy is a running child process.
@@ -103,8 +117,9 @@ func startProxy(tb testing.TB, ns netnstest.Namespace, uid uint32, mode string) 
 	return startIn(tb, ns, "", uid, mode)
 }
 
-// startIn is startProxy in a cgroup; "" leaves it in that of the test.
-func startIn(tb testing.TB, ns netnstest.Namespace, cgroup string, uid uint32, mode string) *proxy {
+// startIn is startProxy in a cgroup; "" leaves it in that of the test. The
+// process inherits files as its descriptors from peerFd on.
+func startIn(tb testing.TB, ns netnstest.Namespace, cgroup string, uid uint32, mode string, files ...*os.File) *proxy {
 	tb.Helper()
 	// The link is followed by the kernel without a look at the directories on
 	// the way, which the user may not enter.
@@ -112,6 +127,7 @@ func startIn(tb testing.TB, ns netnstest.Namespace, cgroup string, uid uint32, m
 	cmd.In(cgroup)
 	cmd.Env = []string{proxyEnv + "=" + mode}
 	cmd.Stderr = os.Stderr
+	cmd.ExtraFiles = files
 	ordersR, ordersW := pipe(tb)
 	reportsR, reportsW := pipe(tb)
 	cmd.Stdin, cmd.Stdout = ordersR, reportsW
@@ -146,16 +162,21 @@ func (p *proxy) dial(to netip.AddrPort, bind netip.Addr) (answer, error) {
 }
 
 func (p *proxy) order(o order) (answer, error) {
+	r, err := p.obey(o)
+	return r.Answer, err
+}
+
+func (p *proxy) obey(o order) (report, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := json.NewEncoder(p.orders).Encode(o); err != nil {
-		return answer{}, fmt.Errorf("order a connection: %w", err)
+		return report{}, fmt.Errorf("order a connection: %w", err)
 	}
 	r, err := p.report()
 	if err == nil && r.Err != "" {
 		err = errors.New(r.Err)
 	}
-	return r.Answer, err
+	return r, err
 }
 
 func (p *proxy) report() (report, error) {
@@ -199,9 +220,12 @@ func runProxy(mode string, orders io.Reader, reports io.Writer) error {
 		}
 		var r report
 		var err error
-		if o.Begin > 0 {
+		switch {
+		case o.Begin > 0:
 			err = begin(o)
-		} else {
+		case o.Fd != 0 || o.Receive:
+			r, err = useSocket(ctx, o)
+		default:
 			r.Answer, err = obey(ctx, o)
 		}
 		if err != nil {
@@ -222,6 +246,54 @@ func obey(ctx context.Context, o order) (answer, error) {
 	}
 	defer func() { _ = c.Close() }()
 	return readAnswer(ctx, c)
+}
+
+// useSocket is obey with a socket that others have made.
+func useSocket(ctx context.Context, o order) (r report, err error) {
+	if o.Receive {
+		if o.Fd, err = receiveFd(peerFd); err != nil {
+			return r, err
+		}
+	}
+	domain, err := unix.GetsockoptInt(o.Fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
+	if err != nil {
+		return r, fmt.Errorf("look at socket: %w", err)
+	}
+	if o.Dial.IsValid() { // else it is connected
+		if err := connect(o.Fd, sockaddr(domain, o.Dial)); err != nil {
+			return r, fmt.Errorf("connect to %s: %w", o.Dial, err)
+		}
+	}
+	f := os.NewFile(uintptr(o.Fd), "socket")
+	defer func() { _ = f.Close() }()
+	c, err := net.FileConn(f)
+	if err != nil {
+		return r, fmt.Errorf("take over socket: %w", err)
+	}
+	defer func() { _ = c.Close() }()
+	r.Local, r.Peer = netnstest.AddrPort(c.LocalAddr()), netnstest.AddrPort(c.RemoteAddr())
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	r.Answer, err = readAnswer(ctx, c)
+	return r, err
+}
+
+// receiveFd takes a descriptor that was passed over a unix socket.
+func receiveFd(from int) (int, error) {
+	oob := make([]byte, unix.CmsgSpace(4))
+	_, n, _, _, err := unix.Recvmsg(from, make([]byte, 1), oob, unix.MSG_CMSG_CLOEXEC)
+	if err != nil {
+		return 0, fmt.Errorf("receive descriptor: %w", err)
+	}
+	msgs, err := unix.ParseSocketControlMessage(oob[:n])
+	if err != nil || len(msgs) != 1 {
+		return 0, fmt.Errorf("receive descriptor: got %d messages: %w", len(msgs), err)
+	}
+	fds, err := unix.ParseUnixRights(&msgs[0])
+	if err != nil || len(fds) != 1 {
+		return 0, fmt.Errorf("receive descriptor: got %d: %w", len(fds), err)
+	}
+	return fds[0], nil
 }
 
 // begin is the part of obey that waits for nothing.
@@ -264,8 +336,8 @@ func accept(l net.Listener, port uint16, mode string) {
 		}
 		go func() {
 			defer func() { _ = c.Close() }()
-			if mode == onward {
-				passOn(c, port)
+			if rest, ok := strings.CutPrefix(mode, onward); ok {
+				passOn(c, port, rest)
 				return
 			}
 			a := answer{Port: port}
@@ -273,19 +345,29 @@ func accept(l net.Listener, port uint16, mode string) {
 			if a.Orig, err = originalDst(c); err != nil {
 				a.OrigErr = err.Error()
 			}
-			if json.NewEncoder(c).Encode(a) == nil {
-				_, _ = io.Copy(c, c)
+			if json.NewEncoder(c).Encode(a) == nil && mode != brief {
+				// Not with splice(2), which takes urgent data for the end.
+				_, _ = io.Copy(c, struct{ io.Reader }{c})
 			}
 		}()
 	}
 }
 
+// asService is the mode onward of a proxy that knows a service with one endpoint.
+func asService(vip, endpoint netip.AddrPort) string {
+	return onward + vip.String() + "=" + endpoint.String()
+}
+
 // passOn connects to where the client wanted to go: from 127.0.0.6 or ::6 if
-// that is the app.
-func passOn(c net.Conn, port uint16) {
+// that is the app, and if it is the service, to its endpoint. A half that is
+// closed or reset at one end is so at the other.
+func passOn(c net.Conn, port uint16, service string) {
 	orig, err := originalDst(c)
-	if err != nil {
+	if err != nil || orig.Port() == port { // dialled itself: never on to itself
 		return
+	}
+	if vip, endpoint, _ := strings.Cut(service, "="); vip == orig.String() {
+		orig = netip.MustParseAddrPort(endpoint)
 	}
 	var bind netip.Addr
 	if port == redirect.InboundPort {
@@ -301,12 +383,20 @@ func passOn(c net.Conn, port uint16) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		_, _ = io.Copy(up, c)
-		_ = up.(*net.TCPConn).CloseWrite()
+		carry(up.(*net.TCPConn), c.(*net.TCPConn))
 	}()
-	_, _ = io.Copy(c, up)
-	_ = c.(*net.TCPConn).CloseWrite()
+	carry(c.(*net.TCPConn), up.(*net.TCPConn))
 	<-done
+}
+
+// carry copies until from ends, and ends that half of to in the same way.
+func carry(to, from *net.TCPConn) {
+	if _, err := io.Copy(to, from); errors.Is(err, unix.ECONNRESET) {
+		_ = to.SetLinger(0) // Close sends a RST
+		_ = to.Close()
+		return
+	}
+	_ = to.CloseWrite()
 }
 
 // originalDst asks at the option level of the socket's family, as Envoy does.

@@ -70,12 +70,7 @@ func Run(t *testing.T, backend redirect.Backend, open Open) {
 func runCase(t *testing.T, tc testCase, e *env) {
 	e.pod, e.peer = e.node.Pod(t, "pod"), e.node.Pod(t, "peer")
 	e.w = workload(t, e.pod)
-	t.Cleanup(func() {
-		// The context of a test has ended when its Cleanups run.
-		if err := e.r.Remove(context.WithoutCancel(t.Context()), e.w.ID); err != nil {
-			t.Errorf("remove workload: %v", err)
-		}
-	})
+	t.Cleanup(func() { remove(e, e.w.ID) })
 	e.serve(e.pod.Namespace, appPort, "app")
 	e.serve(e.peer.Namespace, appPort, "peer")
 	if tc.policy != nil {
@@ -88,4 +83,13 @@ func runCase(t *testing.T, tc testCase, e *env) {
 		e.startProxy(tc.proxy)
 	}
 	tc.run(e)
+}
+
+// remove ends the redirection of a workload after the test.
+func remove(e *env, id redirect.ID) {
+	e.Helper()
+	// The context of a test has ended when its Cleanups run.
+	if err := e.r.Remove(context.WithoutCancel(e.Context()), id); err != nil {
+		e.Errorf("remove workload: %v", err)
+	}
 }

@@ -3,8 +3,10 @@ package server
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -59,7 +61,7 @@ func (a podAddr) String() string { return "pod:" + a.conn.sock.uid }
 
 // Open listens inside the network namespace at netnsPath (empty: the
 // caller's) and serves the pod there, but only to processes of user proxyUID,
-// as the kernel reports them; root is refused as well. It does nothing if the
+// as the kernel reports them, that Options.IsProxy knows; root is refused as well. It does nothing if the
 // pod is served there already, takes over another proxyUID for new
 // connections, and moves to another namespace if the path now leads there.
 func (s *Server) Open(uid, netnsPath string, proxyUID uint32) error {
@@ -74,7 +76,7 @@ func (s *Server) Open(uid, netnsPath string, proxyUID uint32) error {
 			old.mu.Lock()
 			old.proxyUID = proxyUID
 			old.mu.Unlock()
-			return nil
+			return old.recheck()
 		}
 		if err := s.closeSocket(uid); err != nil {
 			return err
@@ -177,14 +179,39 @@ func (k *socket) Close() error { return k.lis.Close() }
 // Addr implements net.Listener.
 func (k *socket) Addr() net.Addr { return k.lis.Addr() }
 
+// recheck ends the connections that would not be admitted any more because more
+// is known of who the proxy is.
+func (k *socket) recheck() error {
+	k.mu.Lock()
+	conns := slices.Collect(maps.Keys(k.conns))
+	k.mu.Unlock()
+	var errs []error
+	for _, c := range conns {
+		if !k.isProxy(c.UnixConn) {
+			errs = append(errs, c.Close())
+		}
+	}
+	if err := errors.Join(errs...); err != nil && !errors.Is(err, net.ErrClosed) {
+		return fmt.Errorf("close connection to xDS socket of pod %s: %w", k.uid, err)
+	}
+	return nil
+}
+
+func (k *socket) isProxy(uc *net.UnixConn) bool {
+	return k.s.opts.IsProxy == nil || k.s.opts.IsProxy(k.uid, uc)
+}
+
 func (k *socket) admit(uc *net.UnixConn) *conn {
 	cred, err := peer(uc)
+	proxy := err == nil && k.isProxy(uc)
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	var reason string
 	switch {
 	case err != nil || cred.Uid != k.proxyUID:
 		reason = "uid"
+	case !proxy:
+		reason = "container"
 	case len(k.conns) >= maxConns:
 		reason = "limit"
 	case k.closed:
@@ -195,7 +222,7 @@ func (k *socket) admit(uc *net.UnixConn) *conn {
 		return c
 	}
 	k.s.metrics.refused.WithLabelValues(reason).Inc()
-	if reason == "uid" && k.s.opts.Refused != nil && time.Since(k.told) >= refusedEvery {
+	if reason != "limit" && k.s.opts.Refused != nil && time.Since(k.told) >= refusedEvery {
 		k.told = time.Now()
 		k.s.opts.Refused(k.uid)
 	}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -40,9 +41,14 @@ type Options struct {
 	// exist; false, as nil, answers that it does not exist. Envoy waits for
 	// endpoints and routes until it is answered, and ignores that answer.
 	Empty func(typeURL, name string) (xds.Resource, bool)
+	// IsProxy, if not nil, is asked of every connection to the socket of the pod
+	// uid from a process of the right user whether that process is the pod's
+	// proxy. Connections that it denies end, also when it does so later, at an
+	// Open of the pod.
+	IsProxy func(uid string, c syscall.Conn) bool
 	// Refused, if not nil, is told that connections to the socket of the pod uid
-	// are refused because of their user, at most once a second for each pod. It
-	// must return at once.
+	// are refused because of who they come from, at most once a second for each
+	// pod. It must return at once.
 	Refused func(uid string)
 }
 

@@ -2,10 +2,12 @@ package server
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -839,6 +841,55 @@ func TestRefusedIsToldAtTimes(t *testing.T) {
 	}
 	if took := time.Since(begin); took < refusedEvery/2 || refused < 3 {
 		t.Errorf("told twice within %v, of %d connections", took, refused)
+	}
+}
+
+// TestIsProxy: a process of the right user that is not the proxy is refused, and
+// cut off when it turns out later.
+func TestIsProxy(t *testing.T) {
+	var allowed atomic.Bool
+	var told atomic.Int64
+	allowed.Store(true)
+	r := start(t, Options{
+		IsProxy: func(uid string, c syscall.Conn) bool { return uid == "a" && c != nil && allowed.Load() },
+		Refused: func(string) { told.Add(1) },
+	}).ready()
+	name := r.socketOf("a")
+	admitted := func() (net.Conn, bool) {
+		c, err := net.Dial("unix", name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = c.Close() })
+		if err := c.SetDeadline(time.Now().Add(patience)); err != nil {
+			t.Fatal(err)
+		}
+		n, err := c.Read(make([]byte, 1)) // a server that admits begins with its settings
+		if os.IsTimeout(err) {
+			t.Fatal("neither served nor refused")
+		}
+		return c, n == 1
+	}
+	early, ok := admitted()
+	if !ok {
+		t.Fatal("the proxy is refused")
+	}
+	allowed.Store(false)
+	if _, ok := admitted(); ok {
+		t.Error("another process is served")
+	}
+	if told.Load() != 1 {
+		t.Errorf("told %d times of one refusal", told.Load())
+	}
+	if err := r.Open("a", "", uint32(os.Geteuid())); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, early); os.IsTimeout(err) {
+		t.Error("what came before it was known is still served")
+	}
+	allowed.Store(true)
+	if _, ok := admitted(); !ok {
+		t.Error("the proxy is refused afterwards")
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -626,6 +627,43 @@ func TestIPv6TurnedOff(t *testing.T) {
 		t.Fatal(err)
 	}
 	_ = c.Close()
+}
+
+// TestNoLoop: who dials a port of Envoy's own reaches a connection that ends, and
+// Envoy does not dial itself for it.
+func TestNoLoop(t *testing.T) {
+	e := newEnv(t, translate.Options{})
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	const accepted = `^listener\.(outbound-15001|inbound-15006)\.downstream_cx_total$`
+	sum := func() (n uint64) {
+		for _, v := range e.envoy.Stats(ctx, accepted) {
+			n += v
+		}
+		return n
+	}
+	before, dials := sum(), uint64(0)
+	for _, from := range []*netnstest.Pod{e.pod, e.remote} {
+		for _, addr := range e.pod.Addrs() {
+			for _, port := range []uint16{xds.PortOutbound, xds.PortInbound} {
+				c, err := from.Dial(ctx, "tcp", netip.AddrPortFrom(addr, port).String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				dials++
+				if err := c.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+					t.Fatal(err)
+				}
+				if got, err := io.ReadAll(c); len(got) > 0 || errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Errorf("from %s to %s:%d: read %q, %v; want the end", from.Name, addr, port, got, err)
+				}
+				_ = c.Close()
+			}
+		}
+	}
+	if got := sum() - before; got != dials {
+		t.Errorf("Envoy accepted %d connections for %d that were dialled", got, dials)
+	}
 }
 
 // TestTransparency compares what the application and the client see with what
