@@ -49,10 +49,16 @@ type measure struct {
 var (
 	all = []measure{
 		{1000, connect},
-		{4000, rounds(64, "64 B")}, {3000, rounds(1<<10, "1 KiB")}, {2000, rounds(16<<10, "16 KiB")}, {800, rounds(64<<10, "64 KiB")},
-		{100_000, stream(1<<10, "1 KiB", kindStream)}, {16_000, stream(16<<10, "16 KiB", kindStream)},
-		{4000, stream(64<<10, "64 KiB", kindBig)}, {250, stream(1<<20, "1 MiB", kindStream)},
-		{5000, requests(false)}, {1500, requests(true)},
+		{4000, rounds(64, "64 B")},
+		{3000, rounds(1<<10, "1 KiB")},
+		{2000, rounds(16<<10, "16 KiB")},
+		{800, rounds(64<<10, "64 KiB")},
+		{100_000, stream(1<<10, "1 KiB", kindStream)},
+		{16_000, stream(16<<10, "16 KiB", kindStream)},
+		{4000, stream(64<<10, "64 KiB", kindBig)},
+		{250, stream(1<<20, "1 MiB", kindStream)},
+		{5000, requests(false)},
+		{1500, requests(true)},
 	}
 	brief = []measure{
 		{1000, connect},

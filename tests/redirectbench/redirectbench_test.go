@@ -135,8 +135,10 @@ func (n *node) short(t *testing.T) {
 			if m.name == modeEBPF {
 				verdict = map[bool]string{true: " met", false: " missed"}[syns == 0]
 			}
-			rows = append(rows, []string{m.name, strconv.Itoa(syns) + verdict, strconv.Itoa(res.Resent), strconv.Itoa(res.Slow),
-				number(us(res.P50)), number(us(res.P99)), number(res.Elapsed.Seconds())})
+			rows = append(rows, []string{
+				m.name, strconv.Itoa(syns) + verdict, strconv.Itoa(res.Resent), strconv.Itoa(res.Slow),
+				number(us(res.P50)), number(us(res.P99)), number(res.Elapsed.Seconds()),
+			})
 		})
 	}
 	printTable(rows)

@@ -88,14 +88,11 @@ func (s *samples) print(title string) {
 		if len(others) == 0 {
 			continue
 		}
-		rows = [][]string{{m + " as a multiple of"}}
-		for _, o := range others {
-			rows[0] = append(rows[0], o)
-		}
+		rows = [][]string{append([]string{m + " as a multiple of"}, others...)}
 		for _, f := range s.figures {
 			row := []string{f.name}
 			for _, o := range others {
-				row = append(row, compare(f, s.values[f.name][m], s.values[f.name][o], o, m == modeEBPF))
+				row = append(row, compare(f, s.values[f.name][m], s.values[f.name][o], m, o))
 			}
 			rows = append(rows, row)
 		}
@@ -105,15 +102,18 @@ func (s *samples) print(title string) {
 
 // compare says what one mode's figures are of another's, round by round, and what
 // that is to a goal.
-func compare(f figure, own, other []float64, over string, hasGoals bool) string {
+func compare(f figure, own, other []float64, mode, over string) string {
 	ratios := make([]float64, min(len(own), len(other)))
 	for i := range ratios {
 		ratios[i] = own[i] / other[i]
 	}
 	median, low, high := interval(ratios)
 	text := fmt.Sprintf("%.3f (%.3f - %.3f)", median, low, high)
+	if over == modeEBPF {
+		return text + gain(f.more, median, low, high)
+	}
 	for _, g := range goals {
-		if !hasGoals || g.over != over || !slices.Contains(g.kinds, f.kind) {
+		if mode != modeEBPF || g.over != over || !slices.Contains(g.kinds, f.kind) {
 			continue
 		}
 		sign, met := "<=", func(x float64) bool { return x <= g.bound }
@@ -130,6 +130,21 @@ func compare(f figure, own, other []float64, over string, hasGoals bool) string 
 		text += fmt.Sprintf(" %s %.2f %s", sign, g.bound, verdict)
 	}
 	return text
+}
+
+// gain says whether what is added to eBPF is worth it: it must gain a twentieth
+// somewhere and lose nothing anywhere.
+func gain(more bool, median, low, high float64) string {
+	if !more { // then what is less is more
+		median, low, high = 1/median, 1/high, 1/low
+	}
+	switch {
+	case low > 1 && median >= 1.05:
+		return " gains"
+	case high < 1 && median < 0.99:
+		return " loses"
+	}
+	return ""
 }
 
 // interval is the median and the bounds within which it lies at 95 %, by the

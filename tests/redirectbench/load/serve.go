@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"net/http"
@@ -66,7 +67,7 @@ func sink(c *net.TCPConn) {
 	for {
 		n, err := c.Read(b)
 		sum += uint64(n)
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			_, _ = c.Write(binary.BigEndian.AppendUint64(nil, sum))
 			return
 		}
