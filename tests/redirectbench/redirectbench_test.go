@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
@@ -17,6 +18,7 @@ func TestMain(m *testing.M) { os.Exit(netnstest.VerifyNoLeaks(m)) }
 
 var (
 	nRounds = flag.Int("rounds", 1, "how often all modes take their turn")
+	limit   = flag.Duration("limit", time.Hour, "time after which a part begins no other round")
 	scale   = flag.Float64("scale", 0.01, "what is done in a turn, of the usual counts")
 	pods    = flag.String("pods", "3", "numbers of redirected pods on the node, separated by commas, beside 2")
 	open    = flag.Int("open", 20, "connections that are open besides, in one part")
@@ -32,7 +34,7 @@ func TestRedirect(t *testing.T) {
 	need.Envoy(t)
 	need.Tool(t, "iptables-restore")
 	n := newNode(t)
-	fmt.Printf("\n%s; %s; %d rounds, scale %g\n\n", conditions(t), n.cores, *nRounds, *scale)
+	fmt.Printf("\n%s; %s; scale %g\n\n", conditions(t), n.cores, *scale)
 	for part := range strings.SplitSeq(*parts, ",") {
 		switch part {
 		case "all":
@@ -67,8 +69,12 @@ func TestRedirect(t *testing.T) {
 // each time.
 func (n *node) turns(t *testing.T, title string, modes []mode, measures []measure) {
 	t.Helper()
-	s := newSamples()
+	s, begin, rounds := newSamples(), time.Now(), 0
 	for round := range *nRounds {
+		if time.Since(begin) > *limit {
+			break
+		}
+		rounds++
 		for i := range modes {
 			m := modes[(round+i)%len(modes)]
 			n.in(t, m, func() {
@@ -79,7 +85,7 @@ func (n *node) turns(t *testing.T, title string, modes []mode, measures []measur
 			})
 		}
 	}
-	s.print(title)
+	s.print(fmt.Sprintf("%s, %d rounds", title, rounds))
 }
 
 func count(n int) int { return max(1, int(float64(n)**scale)) }
