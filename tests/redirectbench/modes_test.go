@@ -25,6 +25,8 @@ type mode struct {
 	backend redirect.Backend
 	// policy changes the default policy of both; may be nil.
 	policy func(*redirect.Policy)
+	// asked modes are measured only when they are asked for by name.
+	asked bool
 }
 
 // Names of modes that others are compared with.
@@ -42,6 +44,14 @@ var modes = []mode{
 	{name: modeSame, way: same},
 	{name: modeIPTables, way: captured, backend: redirect.BackendIPTables},
 	{name: modeEBPF, way: captured, backend: redirect.BackendEBPF},
+	// What the hooks cost connections that they let pass.
+	{name: "excluded", way: same, backend: redirect.BackendEBPF, policy: excludeSame, asked: true},
+}
+
+func excludeSame(p *redirect.Policy) {
+	for i := range uint16(serviceCount) {
+		p.Inbound.ExcludePorts.List = append(p.Inbound.ExcludePorts.List, sameIn+i)
+	}
 }
 
 // chosen are the modes that this run is to measure; without those in which
@@ -49,7 +59,7 @@ var modes = []mode{
 func chosen(redirected bool) []mode {
 	return slices.DeleteFunc(slices.Clone(modes), func(m mode) bool {
 		return redirected && m.backend == "" && m.way != same ||
-			*only != "" && !slices.Contains(strings.Split(*only, ","), m.name)
+			m.asked && *only == "" || *only != "" && !slices.Contains(strings.Split(*only, ","), m.name)
 	})
 }
 
