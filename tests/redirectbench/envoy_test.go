@@ -12,10 +12,11 @@ import (
 
 	"github.com/sluicemesh/sluice/pkg/xds"
 	"github.com/sluicemesh/sluice/pkg/xds/translate"
+	"github.com/sluicemesh/sluice/tests/redirectbench/load"
 )
 
-// protocols are those of the services of program load, in their order.
-var protocols = [serviceCount]xds.Protocol{xds.ProtocolTCP, xds.ProtocolTCP, xds.ProtocolHTTP, xds.ProtocolTCP, xds.ProtocolTCP}
+// protocols are those of the services of package load, in their order.
+var protocols = [load.Services]xds.Protocol{xds.ProtocolTCP, xds.ProtocolTCP, xds.ProtocolHTTP, xds.ProtocolTCP, xds.ProtocolTCP}
 
 // object is a message of Envoy's in JSON.
 type object = map[string]any
@@ -70,7 +71,7 @@ func serverConfig(tb testing.TB, server netip.Addr) []byte {
 	}
 	c := newConfig(tb, server)
 	c.add(c.translator().Pod(pod))
-	for i := range uint16(serviceCount) {
+	for i := range uint16(load.Services) {
 		in := translate.InboundName(appPort + i)
 		app := object{"address": server.String(), "portValue": appPort + i}
 

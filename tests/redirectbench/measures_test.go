@@ -2,17 +2,11 @@ package redirectbench
 
 import (
 	"fmt"
+	"net/netip"
 	"testing"
 	"time"
-)
 
-// Services of program load, in the order of their ports.
-const (
-	echo = iota
-	sink
-	web
-	hello
-	hello2
+	"github.com/sluicemesh/sluice/tests/redirectbench/load"
 )
 
 // A figure is what a measurement found.
@@ -73,7 +67,7 @@ func us(d time.Duration) float64 { return float64(d.Nanoseconds()) / 1e3 }
 func connect(t *testing.T, n *node, w way, count int) []figure {
 	t.Helper()
 	before := n.cpu(t)
-	res := n.call(t, request{Op: "connect", Addrs: n.addrs(w, echo), N: count, Size: 64})
+	res := n.call(t, load.Request{Op: "connect", Addrs: n.addrs(w, load.Echo), N: count, Size: 64})
 	cpu := n.cpu(t) - before
 	return []figure{
 		{kindConnect, "connect and 1 round trip, p50", "us", false, us(res.P50)},
@@ -86,7 +80,7 @@ func rounds(size int, name string) func(*testing.T, *node, way, int) []figure {
 	return func(t *testing.T, n *node, w way, count int) []figure {
 		t.Helper()
 		before := n.cpu(t)
-		res := n.call(t, request{Op: "round", Addrs: n.addrs(w, echo), N: count, Size: size})
+		res := n.call(t, load.Request{Op: "round", Addrs: n.addrs(w, load.Echo), N: count, Size: size})
 		cpu := n.cpu(t) - before
 		figures := []figure{{kindRound, "round trip of " + name, "us", false, us(res.P50)}}
 		if size == 64 {
@@ -100,7 +94,7 @@ func stream(size int, name string, k kind) func(*testing.T, *node, way, int) []f
 	return func(t *testing.T, n *node, w way, count int) []figure {
 		t.Helper()
 		before := n.cpu(t)
-		res := n.call(t, request{Op: "stream", Addrs: n.addrs(w, sink), N: count, Size: size})
+		res := n.call(t, load.Request{Op: "stream", Addrs: n.addrs(w, load.Sink), N: count, Size: size})
 		cpu := n.cpu(t) - before
 		bytes := float64(count) * float64(size)
 		return []figure{
@@ -117,7 +111,7 @@ func requests(closing bool) func(*testing.T, *node, way, int) []figure {
 		count = max(count, parallel)
 		count -= count % parallel
 		before := n.cpu(t)
-		res := n.call(t, request{Op: "http", Addrs: n.addrs(w, web), N: count, Parallel: parallel, Close: closing})
+		res := n.call(t, load.Request{Op: "http", Addrs: n.addrs(w, load.HTTP), N: count, Parallel: parallel, Close: closing})
 		cpu := n.cpu(t) - before
 		name := map[bool]string{false: "keep-alive", true: "a connection each"}[closing]
 		return []figure{
@@ -128,10 +122,10 @@ func requests(closing bool) func(*testing.T, *node, way, int) []figure {
 }
 
 // addrs are where the client dials for services.
-func (n *node) addrs(w way, services ...int) []string {
-	var addrs []string
+func (n *node) addrs(w way, services ...int) []netip.AddrPort {
+	var addrs []netip.AddrPort
 	for _, s := range services {
-		addrs = append(addrs, n.to(w, s).String())
+		addrs = append(addrs, n.to(w, s))
 	}
 	return addrs
 }

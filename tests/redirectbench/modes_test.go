@@ -15,6 +15,7 @@ import (
 	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
+	"github.com/sluicemesh/sluice/tests/redirectbench/load"
 )
 
 // A mode is one way from the client to the server.
@@ -49,7 +50,7 @@ var modes = []mode{
 }
 
 func excludeSame(p *redirect.Policy) {
-	for i := range uint16(serviceCount) {
+	for i := range uint16(load.Services) {
 		p.Inbound.ExcludePorts.List = append(p.Inbound.ExcludePorts.List, sameIn+i)
 	}
 }
@@ -185,13 +186,12 @@ const (
 
 // Where a way's first port is: the services follow each other.
 const (
-	vipPort      = 80
-	appPort      = 9000
-	explicitOut  = 10000
-	explicitIn   = 11000
-	sameOut      = 12000
-	sameIn       = 13000
-	serviceCount = 5
+	vipPort     = 80
+	appPort     = 9000
+	explicitOut = 10000
+	explicitIn  = 11000
+	sameOut     = 12000
+	sameIn      = 13000
 )
 
 var vip = netip.MustParseAddr("10.96.0.1")

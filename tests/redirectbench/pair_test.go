@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -19,27 +18,11 @@ import (
 
 	"github.com/sluicemesh/sluice/tests/envoytest"
 	"github.com/sluicemesh/sluice/tests/netnstest"
+	"github.com/sluicemesh/sluice/tests/redirectbench/load"
 )
 
 // appUser is whom client and server run as.
 const appUser = 1000
-
-// A request and a result of program load.
-type request struct {
-	Op       string
-	Addrs    []string
-	N        int
-	Size     int
-	Parallel int
-	Close    bool
-}
-
-type result struct {
-	Err          string
-	Elapsed      time.Duration
-	P50, P99     time.Duration
-	Resent, Slow int
-}
 
 // A pair is a client's and a server's pod, each with its sidecar and on a core of
 // its own.
@@ -59,16 +42,6 @@ func newPair(t *testing.T) *pair {
 	t.Helper()
 	p := &pair{tb: t}
 	p.descriptors = raiseLimit(t)
-	dir := t.TempDir()
-	if err := os.Chmod(filepath.Dir(dir), 0o755); err != nil { // for the user that load runs as
-		t.Fatal(err)
-	}
-	load := filepath.Join(dir, "load")
-	build := exec.CommandContext(t.Context(), "go", "build", "-trimpath", "-o", load, "./load")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("build program load: %v\n%s", err, out)
-	}
 	p.host = netnstest.NewNode(t)
 	p.client, p.server = p.host.Pod(t, "client"), p.host.Pod(t, "server")
 	for _, pod := range []*netnstest.Pod{p.client, p.server} {
@@ -87,11 +60,11 @@ func newPair(t *testing.T) *pair {
 			t.Fatal(err)
 		}
 	}
-	server := p.start(t, p.server, load, "serve", p.server.Addr4.String(), strconv.Itoa(appPort))
+	server := p.start(t, p.server, "serve", p.server.Addr4.String(), strconv.Itoa(appPort))
 	if line, err := bufio.NewReader(server.out).ReadString('\n'); line != "ready\n" {
 		t.Fatalf("server says %q, %v", line, err)
 	}
-	client := p.start(t, p.client, load, "call")
+	client := p.start(t, p.client, "call")
 	p.to, p.from = client.in, json.NewDecoder(client.out)
 	p.pids = []int{client.Process.Pid, p.envoys[0].PID(), server.Process.Pid, p.envoys[1].PID()}
 	p.pin(t)
@@ -125,12 +98,19 @@ type piped struct {
 	out io.Reader
 }
 
-// start starts program load in a pod.
-func (p *pair) start(t *testing.T, pod *netnstest.Pod, load string, args ...string) piped {
+// start starts one end of the traffic in a pod: this program again, handed over as
+// an open file, because its user may not be able to reach the path.
+func (p *pair) start(t *testing.T, pod *netnstest.Pod, args ...string) piped {
 	t.Helper()
-	cmd := pod.Command(t, appUser, load, args...)
+	self, err := os.Open("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = self.Close() }()
+	cmd := pod.Command(t, appUser, "/proc/self/fd/3", args...)
+	cmd.ExtraFiles = []*os.File{self}
 	// One thread at a time: each has but one core.
-	cmd.Env = []string{"GOMAXPROCS=1"}
+	cmd.Env = []string{"GOMAXPROCS=1", loadEnv + "=1"}
 	cmd.Stderr = os.Stderr
 	inR, inW, err := os.Pipe()
 	if err != nil {
@@ -199,7 +179,7 @@ func threads(t *testing.T, pid int) []int {
 }
 
 // call has the client do something.
-func (p *pair) call(t *testing.T, req request) result {
+func (p *pair) call(t *testing.T, req load.Request) load.Result {
 	t.Helper()
 	res, err := p.try(req)
 	if err != nil {
@@ -208,8 +188,8 @@ func (p *pair) call(t *testing.T, req request) result {
 	return res
 }
 
-func (p *pair) try(req request) (result, error) {
-	var res result
+func (p *pair) try(req load.Request) (load.Result, error) {
+	var res load.Result
 	b, err := json.Marshal(req)
 	if err == nil {
 		_, err = p.to.Write(b)

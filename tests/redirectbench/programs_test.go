@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/tests/redirectbench/load"
 )
 
 // programs prints what the kernel says that each program takes. Its statistics
@@ -49,11 +50,11 @@ func (n *node) programTimes(t *testing.T, m mode) {
 	}
 	uses := []struct {
 		name string
-		req  request
+		req  load.Request
 	}{
-		{"connection with 1 round trip", request{Op: "connect", Addrs: n.addrs(m.way, echo), N: count(5000), Size: 64}},
-		{"round trip of 64 B", request{Op: "round", Addrs: n.addrs(m.way, echo), N: count(20_000), Size: 64}},
-		{"write of 64 KiB", request{Op: "stream", Addrs: n.addrs(m.way, sink), N: count(10_000), Size: 64 << 10}},
+		{"connection with 1 round trip", load.Request{Op: "connect", Addrs: n.addrs(m.way, load.Echo), N: count(5000), Size: 64}},
+		{"round trip of 64 B", load.Request{Op: "round", Addrs: n.addrs(m.way, load.Echo), N: count(20_000), Size: 64}},
+		{"write of 64 KiB", load.Request{Op: "stream", Addrs: n.addrs(m.way, load.Sink), N: count(10_000), Size: 64 << 10}},
 	}
 	rows := [][]string{{m.name + ", program"}}
 	times := map[string][]string{}

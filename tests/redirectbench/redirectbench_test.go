@@ -12,9 +12,18 @@ import (
 
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
+	"github.com/sluicemesh/sluice/tests/redirectbench/load"
 )
 
-func TestMain(m *testing.M) { os.Exit(netnstest.VerifyNoLeaks(m)) }
+// loadEnv is set in the processes that are the ends of the traffic.
+const loadEnv = "REDIRECTBENCH_LOAD"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(loadEnv) != "" {
+		os.Exit(load.Run(os.Args[1:], os.Stdin, os.Stdout))
+	}
+	os.Exit(netnstest.VerifyNoLeaks(m))
+}
 
 var (
 	nRounds = flag.Int("rounds", 1, "how often all modes take their turn")
@@ -95,11 +104,11 @@ func count(n int) int { return max(1, int(float64(n)**scale)) }
 // broken when its rules are gone, and show that by failing once.
 func (n *node) warmUp(t *testing.T, m mode) {
 	t.Helper()
-	n.call(t, request{Op: "connect", Addrs: n.addrs(m.way, echo), N: count(50), Size: 64})
-	n.call(t, request{Op: "round", Addrs: n.addrs(m.way, echo), N: count(200), Size: 64})
+	n.call(t, load.Request{Op: "connect", Addrs: n.addrs(m.way, load.Echo), N: count(50), Size: 64})
+	n.call(t, load.Request{Op: "round", Addrs: n.addrs(m.way, load.Echo), N: count(200), Size: 64})
 	var err error
 	for range 5 {
-		if _, err = n.try(request{Op: "http", Addrs: n.addrs(m.way, web), N: 16, Parallel: 16}); err == nil {
+		if _, err = n.try(load.Request{Op: "http", Addrs: n.addrs(m.way, load.HTTP), N: 16, Parallel: 16}); err == nil {
 			return
 		}
 	}
@@ -116,12 +125,12 @@ func (n *node) openTurns(t *testing.T) {
 	}
 	hold := measure{1, func(t *testing.T, n *node, w way, _ int) []figure {
 		t.Helper()
-		res := n.call(t, request{Op: "hold", Addrs: n.addrs(w, echo), N: number})
+		res := n.call(t, load.Request{Op: "hold", Addrs: n.addrs(w, load.Echo), N: number})
 		return []figure{{kindTail, fmt.Sprintf("opening %d connections, each", number), "us", false, us(res.Elapsed) / float64(number)}}
 	}}
 	release := measure{1, func(t *testing.T, n *node, w way, _ int) []figure {
 		t.Helper()
-		n.call(t, request{Op: "release", Addrs: n.addrs(w, echo), N: 1})
+		n.call(t, load.Request{Op: "release", Addrs: n.addrs(w, load.Echo), N: 1})
 		return nil
 	}}
 	n.turns(t, fmt.Sprintf("%d open connections", number), chosen(true), slices.Concat([]measure{hold}, brief, []measure{release}))
@@ -135,7 +144,7 @@ func (n *node) short(t *testing.T) {
 	for _, m := range chosen(true) {
 		n.in(t, m, func() {
 			before := n.synsResent(t)
-			res := n.call(t, request{Op: "hello", Addrs: n.addrs(m.way, hello, hello2), N: *short})
+			res := n.call(t, load.Request{Op: "hello", Addrs: n.addrs(m.way, load.Hello, load.Hello2), N: *short})
 			syns := n.synsResent(t) - before
 			verdict := ""
 			if m.name == modeEBPF {

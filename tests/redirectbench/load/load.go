@@ -1,8 +1,8 @@
-// Load is both ends of the traffic that redirectbench measures: "load serve
-// ADDRESS PORT" serves on five ports from PORT on, "load call" does what it is
-// told by lines of JSON on standard input, each answered by one on standard
-// output.
-package main
+// Package load is both ends of the traffic that redirectbench measures: a server
+// on five ports, and a client that does what it is told by lines of JSON, each
+// answered by one. Each runs in a process of its own, so that it has a core and
+// an account of CPU time of its own.
+package load
 
 import (
 	"encoding/json"
@@ -16,14 +16,15 @@ import (
 	"time"
 )
 
-// Services are what the ports serve, in their order.
+// What the ports serve, in their order.
 const (
 	Echo  = iota // sends back what it reads
 	Sink         // reads to the end, then says how many bytes these were
 	HTTP         // HTTP/1.1
 	Hello        // says hello and closes
 	Hello2
-	services
+	// Services is their number.
+	Services
 )
 
 // A Request is one measurement.
@@ -53,9 +54,9 @@ type Result struct {
 	Resent, Slow int
 }
 
-func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout)) }
-
-func run(args []string, in io.Reader, out io.Writer) int {
+// Run is the process: "serve ADDRESS PORT" serves on the ports from PORT on and
+// says "ready", "call" reads requests. It returns the exit code.
+func Run(args []string, in io.Reader, out io.Writer) int {
 	var err error
 	switch {
 	case len(args) == 3 && args[0] == "serve":
@@ -63,7 +64,7 @@ func run(args []string, in io.Reader, out io.Writer) int {
 	case len(args) == 1 && args[0] == "call":
 		err = obey(in, out)
 	default:
-		err = errors.New("usage: load serve ADDRESS PORT | load call")
+		err = errors.New("usage: serve ADDRESS PORT | call")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "load:", err)
@@ -81,8 +82,8 @@ func serve(addr, port string, out io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("read port %q: %w", port, err)
 	}
-	failed := make(chan error, services)
-	for service := range services {
+	failed := make(chan error, Services)
+	for service := range Services {
 		l, err := listen(netip.AddrPortFrom(ip, uint16(first)+uint16(service)))
 		if err != nil {
 			return err
