@@ -3,6 +3,7 @@ package redirectbench
 import (
 	"flag"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"slices"
 	"strconv"
@@ -74,8 +75,7 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-// turns has each of the modes measured once in each round, another one first
-// each time.
+// turns has each of the modes measured once in each round.
 func (n *node) turns(t *testing.T, title string, modes []mode, measures []measure) {
 	t.Helper()
 	s, begin, rounds := newSamples(), time.Now(), 0
@@ -84,17 +84,39 @@ func (n *node) turns(t *testing.T, title string, modes []mode, measures []measur
 			break
 		}
 		rounds++
-		for i := range modes {
-			m := modes[(round+i)%len(modes)]
+		// What comes and goes with a mode makes work for the kernel in the
+		// background: what is measured right after which mode is changed.
+		order := rand.New(rand.NewPCG(uint64(round), 0))
+		for _, i := range order.Perm(len(modes)) {
+			m := modes[i]
 			n.in(t, m, func() {
 				n.warmUp(t, m)
-				for _, me := range measures {
+				turn := measures // in the first round as the tables have them
+				if round > 0 {
+					turn = shuffled(order, measures)
+				}
+				for _, me := range turn {
 					s.add(m.name, me.run(t, n, m.way, count(me.n)))
 				}
 			})
 		}
 	}
 	s.print(fmt.Sprintf("%s, %d rounds", title, rounds))
+}
+
+// shuffled puts measures in another order, but for those that have a place.
+func shuffled(order *rand.Rand, measures []measure) []measure {
+	all := slices.Clone(measures)
+	first, last := 0, len(all)
+	for first < last && all[first].placed {
+		first++
+	}
+	for last > first && all[last-1].placed {
+		last--
+	}
+	some := all[first:last]
+	order.Shuffle(len(some), func(i, j int) { some[i], some[j] = some[j], some[i] })
+	return all
 }
 
 func count(n int) int { return max(1, int(float64(n)**scale)) }
@@ -104,8 +126,8 @@ func count(n int) int { return max(1, int(float64(n)**scale)) }
 // broken when its rules are gone, and show that by failing once.
 func (n *node) warmUp(t *testing.T, m mode) {
 	t.Helper()
-	n.call(t, load.Request{Op: "connect", Addrs: n.addrs(m.way, load.Echo), N: count(50), Size: 64})
-	n.call(t, load.Request{Op: "round", Addrs: n.addrs(m.way, load.Echo), N: count(200), Size: 64})
+	n.call(t, load.Request{Op: "connect", Addrs: n.addrs(m.way, load.Echo), N: count(1000), Size: 64})
+	n.call(t, load.Request{Op: "round", Addrs: n.addrs(m.way, load.Echo), N: count(1000), Size: 64})
 	var err error
 	for range 5 {
 		if _, err = n.try(load.Request{Op: "http", Addrs: n.addrs(m.way, load.HTTP), N: 16, Parallel: 16}); err == nil {
@@ -123,12 +145,12 @@ func (n *node) openTurns(t *testing.T) {
 	if number < *open {
 		fmt.Printf("%d connections instead of %d: this user may have %d descriptors in a process\n\n", number, *open, n.descriptors)
 	}
-	hold := measure{1, func(t *testing.T, n *node, w way, _ int) []figure {
+	hold := measure{n: 1, placed: true, run: func(t *testing.T, n *node, w way, _ int) []figure {
 		t.Helper()
 		res := n.call(t, load.Request{Op: "hold", Addrs: n.addrs(w, load.Echo), N: number})
 		return []figure{{kindTail, fmt.Sprintf("opening %d connections, each", number), "us", false, us(res.Elapsed) / float64(number)}}
 	}}
-	release := measure{1, func(t *testing.T, n *node, w way, _ int) []figure {
+	release := measure{n: 1, placed: true, run: func(t *testing.T, n *node, w way, _ int) []figure {
 		t.Helper()
 		n.call(t, load.Request{Op: "release", Addrs: n.addrs(w, load.Echo), N: 1})
 		return nil

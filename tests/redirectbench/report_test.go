@@ -31,7 +31,7 @@ var goals = []goal{
 
 // samples are the figures of all rounds.
 type samples struct {
-	figures []figure // the first of each name, in their order
+	figures []figure // the first of each name
 	modes   []string
 	// values by figure and mode, one for each round.
 	values map[string]map[string][]float64
