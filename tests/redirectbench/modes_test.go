@@ -26,6 +26,8 @@ type mode struct {
 	backend redirect.Backend
 	// policy changes the default policy of both; may be nil.
 	policy func(*redirect.Policy)
+	// options changes those of the eBPF backend; may be nil.
+	options func(*bpf.Options)
 	// asked modes are measured only when they are asked for by name.
 	asked bool
 }
@@ -99,7 +101,7 @@ func (n *node) fill(t *testing.T, pods int) {
 func (n *node) in(t *testing.T, m mode, f func()) {
 	t.Helper()
 	if m.backend != "" {
-		r, remove := n.backend(t, m.backend)
+		r, remove := n.backend(t, m)
 		defer remove()
 		for _, pod := range append([]*netnstest.Pod{n.client, n.server}, n.others...) {
 			w := workload(t, pod)
@@ -123,12 +125,16 @@ func (n *node) in(t *testing.T, m mode, f func()) {
 }
 
 // backend opens a backend; remove takes everything of it away.
-func (n *node) backend(t *testing.T, b redirect.Backend) (r redirect.Redirector, remove func()) {
+func (n *node) backend(t *testing.T, m mode) (r redirect.Redirector, remove func()) {
 	t.Helper()
 	uninstall := func(ctx context.Context) error { return bpf.Uninstall(ctx, n.ebpf) }
 	var err error
-	if b == redirect.BackendEBPF {
-		r, err = bpf.New(n.ebpf)
+	if m.backend == redirect.BackendEBPF {
+		o := n.ebpf
+		if m.options != nil {
+			m.options(&o)
+		}
+		r, err = bpf.New(o)
 	} else {
 		r, err = iptables.New(n.iptab)
 		uninstall = func(ctx context.Context) error {
@@ -136,12 +142,12 @@ func (n *node) backend(t *testing.T, b redirect.Backend) (r redirect.Redirector,
 		}
 	}
 	if err != nil {
-		t.Fatalf("open backend %s: %v", b, err)
+		t.Fatalf("%s: open backend: %v", m.name, err)
 	}
 	return r, func() {
 		t.Helper()
 		if err := errors.Join(r.Close(), uninstall(context.WithoutCancel(t.Context()))); err != nil {
-			t.Errorf("remove backend %s: %v", b, err)
+			t.Errorf("%s: remove backend: %v", m.name, err)
 		}
 	}
 }
