@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 
 var (
 	nRounds = flag.Int("rounds", 1, "how often all modes take their turn")
-	limit   = flag.Duration("limit", time.Hour, "time after which a part begins no other round")
+	limit   = flag.Duration("limit", 10*time.Minute, "time after which a part begins no other round")
 	scale   = flag.Float64("scale", 0.01, "what is done in a turn, of the usual counts")
 	pods    = flag.String("pods", "3", "numbers of redirected pods on the node, separated by commas, beside 2")
 	open    = flag.Int("open", 20, "connections that are open besides, in one part")
