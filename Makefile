@@ -21,7 +21,6 @@ DURATION  ?= 2m
 SCALE     ?= 0.5
 OPEN      ?= 10000
 SHORT     ?= 50000
-PARTS     ?= all,pods,open,short,programs
 MODES     ?=
 SETUP     := tests/setup/setup.sh
 ARCH      ?= $(shell $(GO) env GOARCH)
@@ -129,6 +128,7 @@ soak: ## Mixed traffic while pods come and go and agent and proxies are killed; 
 
 bench-redirect: ROUNDS = 20
 bench-redirect: PODS = 50,200
+bench-redirect: PARTS = all,pods,open,short,programs
 bench-redirect: ## What redirection costs: direct, Envoys by hand, iptables, eBPF (ROUNDS=20 SCALE=0.5 PODS=50,200 OPEN=10000 SHORT=50000 PARTS=all,pods,open,short,programs MODES=)
 	$(SETUP) envoy iptables iproute
 	$(GO) test -count=1 -v -timeout 180m -run Redirect ./tests/redirectbench -rounds $(ROUNDS) -scale $(SCALE) -pods $(PODS) -open $(OPEN) -short $(SHORT) -parts $(PARTS) -modes '$(MODES)'
