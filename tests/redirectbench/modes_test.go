@@ -88,10 +88,10 @@ func newNode(t *testing.T) *node {
 	return n
 }
 
-// fill gives the node so many pods beside the server's.
+// fill makes the node have so many pods, the pair among them.
 func (n *node) fill(t *testing.T, pods int) {
 	t.Helper()
-	for len(n.others) < pods-1 {
+	for len(n.others) < pods-2 {
 		n.others = append(n.others, n.host.Pod(t, "other"))
 	}
 }

@@ -30,7 +30,7 @@ var (
 	nRounds = flag.Int("rounds", 1, "how often all modes take their turn")
 	limit   = flag.Duration("limit", 10*time.Minute, "time after which a part begins no other round")
 	scale   = flag.Float64("scale", 0.01, "what is done in a turn, of the usual counts")
-	pods    = flag.String("pods", "3", "numbers of redirected pods on the node, separated by commas, beside 2")
+	pods    = flag.String("pods", "3", "numbers of redirected pods on the node, rising, separated by commas")
 	open    = flag.Int("open", 20, "connections that are open besides, in one part")
 	short   = flag.Int("short", 200, "short connections that SYNs sent again are looked for in")
 	only    = flag.String("modes", "", "modes to measure, separated by commas; empty: all")
