@@ -124,7 +124,7 @@ func compare(f figure, own, other []float64, mode, over string) string {
 		if !met(median) {
 			verdict = "missed"
 		}
-		if met(low) != met(high) {
+		if met(low) != met(high) || len(ratios) < 6 {
 			verdict += ", not certain"
 		}
 		text += fmt.Sprintf(" %s %.2f %s", sign, g.bound, verdict)
