@@ -18,6 +18,11 @@ PODS      ?= 110
 BURST     ?= 110
 CLUSTERS  ?= 5000
 DURATION  ?= 2m
+SCALE     ?= 0.5
+OPEN      ?= 10000
+SHORT     ?= 50000
+MODES     ?=
+LIMIT     ?= 10m
 SETUP     := tests/setup/setup.sh
 ARCH      ?= $(shell $(GO) env GOARCH)
 OUT       ?= bin/sluice-agent_$(ARCH).tar
@@ -122,6 +127,13 @@ soak: ## Mixed traffic while pods come and go and agent and proxies are killed; 
 	$(SETUP) envoy cni iptables iproute
 	BACKEND=$(filter-out auto,$(BACKEND)) $(GO) test -count=1 -v -timeout 0 ./tests/soak -duration $(DURATION)
 
+bench-redirect: ROUNDS = 20
+bench-redirect: PODS = 50,200
+bench-redirect: PARTS = all,pods,open,short,programs
+bench-redirect: ## What redirection costs: direct, Envoys by hand, iptables, eBPF (ROUNDS=20 SCALE=0.5 PODS=50,200 OPEN=10000 SHORT=50000 PARTS=all,pods,open,short,programs MODES= LIMIT=10m)
+	$(SETUP) envoy iptables iproute
+	$(GO) test -count=1 -v -timeout 180m -run Redirect ./tests/redirectbench -rounds $(ROUNDS) -scale $(SCALE) -pods $(PODS) -open $(OPEN) -short $(SHORT) -parts $(PARTS) -modes '$(MODES)' -limit $(LIMIT)
+
 lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
 	$< run ./...
 	cd tests/bench && ../../$< run ./...
@@ -159,4 +171,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-cni bench-redirect bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-parallel test-serial tools tools-demo

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -20,8 +21,20 @@ import (
 // runDir is where named namespaces are bound, as "ip netns" does.
 const runDir = "/run/netns"
 
-// prefix begins the names of all namespaces of process pid.
-func prefix(pid int) string { return fmt.Sprintf("slt%d-", pid) }
+// prefix begins the names of all that process pid has made. A number names a
+// process in its PID namespace alone: what tests in another one have made, with
+// the same cgroups and temporary files to be seen, is not this one's to judge.
+func prefix(pid int) string { return fmt.Sprintf("slt%d-%d-", pid, pidNamespace()) }
+
+// pidNamespace is the inode of this process's PID namespace, 0 if it cannot be
+// read.
+var pidNamespace = sync.OnceValue(func() uint64 {
+	var st unix.Stat_t
+	if err := unix.Stat("/proc/self/ns/pid", &st); err != nil {
+		return 0
+	}
+	return st.Ino
+})
 
 // A Namespace is a network namespace of the test.
 type Namespace struct {
