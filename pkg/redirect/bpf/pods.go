@@ -75,6 +75,10 @@ func (r *Redirector) ensure(h inside, w redirect.Workload) error {
 	if err := r.ensureHooks(); err != nil {
 		return err
 	}
+	// Not in the digest: what the node can do may be another thing since.
+	if err := r.accelerate(cookie, w.Policy.Accelerate); err != nil {
+		return err
+	}
 	if old != nil && old.Digest == uint64(w.Digest()) && r.outsideProblem(cookie, meta, old) == nil && r.insideProblem(h, meta, old) == nil {
 		return nil
 	}
