@@ -13,7 +13,7 @@
  *
  * A socket or packet that belongs to no pod of ours is left alone.
  */
-#include "policy.h"
+#include "accel.h"
 
 /* Licensed under the GPL too, which is the name that the kernel knows. */
 char LICENSE[] SEC("license") = "GPL";
@@ -108,6 +108,8 @@ static __always_inline int sl_connect(struct bpf_sock_addr *ctx, const union sl_
 	reason = sl_outbound(pod, &dial);
 	if (reason != SL_OUT_CAPTURED && reason != SL_OUT_SELF_CALL) {
 		sl_count(netns, reason);
+		if (reason == SL_OUT_PROXY)
+			sl_accel_dial(sk, netns);
 		/*
 		 * The socket may have been led to the proxy before, in vain. But
 		 * while the hook moves to another cgroup it runs twice, and the
@@ -265,11 +267,6 @@ int sl_getpeername6(struct bpf_sock_addr *ctx)
 	return SL_CONNECT_ALLOW;
 }
 
-static __always_inline void sl_ask_for_states(struct bpf_sock_ops *ctx)
-{
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
-}
-
 /* As sl_publish, for a process of the node that dials a pod. */
 static __always_inline void sl_publish_probe(struct bpf_sock_ops *ctx)
 {
@@ -375,13 +372,17 @@ int sl_sockops(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		sl_reached(ctx);
+		sl_accel_client(ctx);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		sl_take(ctx);
+		sl_accel_server(ctx);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
-		if (ctx->args[1] == BPF_TCP_CLOSE)
+		if (ctx->args[1] == BPF_TCP_CLOSE) {
 			sl_retract(ctx);
+			sl_accel_closed(ctx);
+		}
 		break;
 	}
 	return SK_PASS;

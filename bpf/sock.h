@@ -126,3 +126,9 @@ static __always_inline struct sl_flow_key sl_flow_remote(struct bpf_sock_ops *ct
 	k.port_be = bpf_htons((__u16)bpf_ntohl(ctx->remote_port));
 	return k;
 }
+
+/* Has the kernel tell when the socket closes. */
+static __always_inline void sl_ask_for_states(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}

@@ -23,15 +23,22 @@
 #endif
 
 struct mptcp_sock;
+struct sock;
 
 static void *(*const bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*const bpf_map_update_elem)(void *map, const void *key, const void *value,
 					 __u64 flags) = (void *)2;
 static long (*const bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
+static __u64 (*const bpf_get_current_pid_tgid)(void) = (void *)14;
 static __u64 (*const bpf_get_current_uid_gid)(void) = (void *)15;
+static __u64 (*const bpf_get_socket_cookie)(void *ctx) = (void *)46;
 static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
 static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 offset, void *to, __u32 len,
 						 __u32 start) = (void *)68;
+static long (*const bpf_sock_hash_update)(struct bpf_sock_ops *ctx, void *map, void *key,
+					  __u64 flags) = (void *)70;
+static long (*const bpf_msg_redirect_hash)(struct sk_msg_md *msg, void *map, void *key,
+					   __u64 flags) = (void *)71;
 static long (*const bpf_sk_release)(void *sk) = (void *)86;
 static __u64 (*const bpf_get_current_ancestor_cgroup_id)(int level) = (void *)123;
 static struct bpf_sock *(*const bpf_skc_lookup_tcp)(void *ctx, struct bpf_sock_tuple *tuple,

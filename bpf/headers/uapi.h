@@ -31,17 +31,22 @@ typedef __u32 __be32;
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 #define EINVAL 22
+#define MSG_PEEK 2
 
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,
+	BPF_MAP_TYPE_ARRAY = 2,
 	BPF_MAP_TYPE_PERCPU_HASH = 5,
+	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
 	BPF_MAP_TYPE_LPM_TRIE = 11,
 	BPF_MAP_TYPE_SOCKHASH = 18,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
 };
 
 #define BPF_ANY 0
+#define BPF_NOEXIST 1
 #define BPF_F_NO_PREALLOC 1
+#define BPF_F_INGRESS 1
 #define BPF_SK_STORAGE_GET_F_CREATE 1
 #define BPF_F_CURRENT_NETNS (-1L)
 #define BPF_SOCK_OPS_STATE_CB_FLAG 4
@@ -158,6 +163,20 @@ struct bpf_sockopt {
 	__s32 optname;
 	__s32 optlen;
 	__s32 retval;
+};
+
+struct sk_msg_md {
+	__bpf_md_ptr(void *, data);
+	__bpf_md_ptr(void *, data_end);
+	__u32 family;
+	__u32 remote_ip4;
+	__u32 local_ip4;
+	__u32 remote_ip6[4];
+	__u32 local_ip6[4];
+	__u32 remote_port;
+	__u32 local_port;
+	__u32 size;
+	__bpf_md_ptr(struct bpf_sock *, sk);
 };
 
 struct bpf_sk_lookup {

@@ -22,6 +22,7 @@ type config struct {
 	daemonSet         objectName
 	node              string
 	backend           redirect.Backend
+	accelerate        redirect.Accelerate
 	outboundPolicy    xds.OutboundPolicy
 	excludeNamespaces []string
 	httpAddr          string
@@ -112,6 +113,7 @@ func parseConfig(e env, args []string) (config, error) {
 	fs.StringVar(&daemonSet, "daemonset", "", "`NAMESPACE/NAME` of the DaemonSet that runs this agent: when that is deleted, the agent's end uninstalls; empty: never")
 	fs.StringVar(&c.node, "node", "", "`name` of this node; empty: the host's name")
 	fs.StringVar(&backend, "backend", string(redirect.BackendAuto), "redirection `backend`: auto, ebpf or iptables; auto takes ebpf where the node can")
+	fs.StringVar((*string)(&c.accelerate), "accelerate", string(redirect.AccelerateOff), "`setting` for connections between sidecars of this node: auto (where it is right and faster), on (where it is right, else the agent does not start) or off")
 	fs.StringVar(&outbound, "outbound-policy", string(xds.OutboundPassthrough), "what becomes of connections to unknown destinations: passthrough or block")
 	fs.StringVar(&exclude, "exclude-namespaces", "kube-system", "comma-separated `namespaces` that are never redirected")
 	fs.StringVar(&c.httpAddr, "http-addr", ":15090", "`address` of /healthz, /readyz and /metrics")
@@ -155,6 +157,14 @@ func parseConfig(e env, args []string) (config, error) {
 	case redirect.BackendAuto, redirect.BackendEBPF, redirect.BackendIPTables:
 	default:
 		wrong("backend", backend, "auto, ebpf or iptables")
+	}
+	switch c.accelerate {
+	case redirect.AccelerateAuto, redirect.AccelerateOn, redirect.AccelerateOff:
+	default:
+		wrong("accelerate", string(c.accelerate), "auto, on or off")
+	}
+	if c.accelerate == redirect.AccelerateOn && c.backend == redirect.BackendIPTables {
+		errs = append(errs, errors.New("--accelerate on: not with --backend iptables, which cannot do it"))
 	}
 	var err error
 	if c.outboundPolicy, err = parseOutboundPolicy(outbound); err != nil {

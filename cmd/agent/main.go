@@ -35,6 +35,7 @@ func commands() []command {
 		{"probe", "tell which redirection backends this node can have, and why not", runProbe},
 		{"inject", "add the sidecar to Kubernetes YAML", runInject},
 		{"bootstrap", "print the Envoy bootstrap that all sidecars share", runBootstrap},
+		{"paircheck", "for the agent itself: try connections of its own namespace", runPairCheck},
 		{"version", "print the version", runVersion},
 	}
 }

@@ -63,6 +63,7 @@ func register(t *testing.T, meter redirect.Meter) *prometheus.Registry {
 	cni := newCNIMetrics(r)
 	cni.requests.WithLabelValues("add", "200").Inc()
 	cni.latency.WithLabelValues("add").Observe(time.Millisecond.Seconds())
+	r.MustRegister(newAccelMetrics(accelerator{places: places(), events: map[string]uint64{"joined": 1}}, redirect.AccelerateAuto, a.log))
 	r.MustRegister(newBuildInfo(), newNodeMetrics(meter, func() (string, string) { return "ebpf", "" }, a, func() int { return 0 }))
 	return r
 }

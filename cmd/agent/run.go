@@ -20,6 +20,7 @@ import (
 	"github.com/sluicemesh/sluice/pkg/podwatch/cniinstall"
 	"github.com/sluicemesh/sluice/pkg/redirect"
 	"github.com/sluicemesh/sluice/pkg/redirect/bpf"
+	"github.com/sluicemesh/sluice/pkg/redirect/bpf/paircheck"
 	"github.com/sluicemesh/sluice/pkg/redirect/iptables"
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
 	"github.com/sluicemesh/sluice/pkg/xds"
@@ -135,6 +136,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		newBuildInfo(),
 	)
+	registry.MustRegister(newAccelMetrics(chosen, c.accelerate, log))
 	backend := func() (string, string) { return string(chosen.Backend()), chosen.Reason() }
 	registry.MustRegister(newNodeMetrics(chosen, backend, a, func() int { return len(from.problems()) }))
 	registry.MustRegister(newPartMetrics(a.parts(from, installer)))
@@ -154,7 +156,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 	}
 	checks := func() []check {
 		backend, reason := backend()
-		return a.checks(backend, reason, from, installer)
+		return append(a.checks(backend, reason, from, installer), accelChecks(chosen, c.accelerate)...)
 	}
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -224,7 +226,9 @@ func openRedirection(c config, log *slog.Logger) (*redirect.Chosen, error) {
 	chosen, err := redirect.Choose(redirect.Options{
 		Node: c.backend,
 		NewEBPF: func() (redirect.Redirector, error) {
-			b, err := bpf.New(c.kernel.ebpf(c.proc, log))
+			o := c.kernel.ebpf(c.proc, log)
+			o.Accelerate, o.AccelerateCache = c.accelerate, filepath.Join(c.kernel.stateDir, "accelerate.json")
+			b, err := bpf.New(o)
 			if err != nil {
 				return nil, err
 			}
@@ -249,6 +253,9 @@ func openRedirection(c config, log *slog.Logger) (*redirect.Chosen, error) {
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open redirection backend %s: %w", c.backend, err)
+	}
+	if c.accelerate == redirect.AccelerateOn && chosen.Backend() != redirect.BackendEBPF {
+		return nil, errors.Join(fmt.Errorf("accelerate on: this node has no backend %s: %s", redirect.BackendEBPF, chosen.Reason()), chosen.Close())
 	}
 	return chosen, nil
 }
@@ -344,6 +351,15 @@ func runProbe(_ context.Context, e env, args []string) error {
 		return errors.New("this node can have no backend")
 	}
 	return nil
+}
+
+// runPairCheck is `sluice-agent paircheck`, the process in which the agent tries
+// acceleration.
+func runPairCheck(_ context.Context, e env, args []string) error {
+	if err := parse(flags(e, "paircheck"), e, args); err != nil {
+		return err
+	}
+	return paircheck.Child(e.stdin, e.stdout)
 }
 
 // runBootstrap is `sluice-agent bootstrap`.

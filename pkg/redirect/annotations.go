@@ -86,6 +86,7 @@ func annotations() []annotation {
 		{"include-outbound-cidrs", "includeOutboundIPRanges", func(p *Policy, v string) []tokenError { return p.Outbound.IncludeCIDRs.parse(v, true) }},
 		{"exclude-outbound-cidrs", "excludeOutboundIPRanges", func(p *Policy, v string) []tokenError { return p.Outbound.ExcludeCIDRs.parse(v, false) }},
 		{"exclude-interfaces", "excludeInterfaces", parseInterfaces},
+		{"accelerate", "", parseAccelerate},
 		{"backend", "", parseBackend},
 		{"proxy-uid", "", parseProxyUID},
 	}
@@ -94,7 +95,7 @@ func annotations() []annotation {
 // foreignAnnotations are names under AnnotationPrefix that are not of a Policy.
 func foreignAnnotations() []string {
 	return []string{
-		"accelerate", "inject", "injected", "outbound-policy", "proxy-cpu", "proxy-cpu-limit", "proxy-image",
+		"inject", "injected", "outbound-policy", "proxy-cpu", "proxy-cpu-limit", "proxy-image",
 		"proxy-log-level", "proxy-memory", "proxy-memory-limit", "redirect", "status",
 	}
 }
@@ -213,6 +214,16 @@ func parseBackend(p *Policy, value string) []tokenError {
 		return nil
 	}
 	return []tokenError{{v, fmt.Sprintf("want %s, %s or %s", BackendAuto, BackendEBPF, BackendIPTables)}}
+}
+
+func parseAccelerate(p *Policy, value string) []tokenError {
+	v := strings.TrimSpace(value)
+	switch a := Accelerate(v); a {
+	case AccelerateAuto, AccelerateOn, AccelerateOff:
+		p.Accelerate = a
+		return nil
+	}
+	return []tokenError{{v, fmt.Sprintf("want %s, %s or %s", AccelerateAuto, AccelerateOn, AccelerateOff)}}
 }
 
 // parseProxyUID refuses 0, with which every process of root would pass the

@@ -33,7 +33,8 @@ func TestParsePolicy(t *testing.T) {
 	}{
 		{"none", nil, func(*Policy) {}},
 		{"of others", map[string]string{"app": "x", "sidecar.istio.io/inject": "maybe", "x.sluice.dev/y": "z"}, func(*Policy) {}},
-		{"for other parts", map[string]string{"sluice.dev/redirect": "enabled", "sluice.dev/accelerate": "on", "sluice.dev/outbound-policy": "x", "sluice.dev/injected": "true"}, func(*Policy) {}},
+		{"for other parts", map[string]string{"sluice.dev/redirect": "enabled", "sluice.dev/outbound-policy": "x", "sluice.dev/injected": "true"}, func(*Policy) {}},
+		{"accelerate", map[string]string{"sluice.dev/accelerate": " on "}, func(p *Policy) { p.Accelerate = AccelerateOn }},
 		{"include inbound", map[string]string{"sluice.dev/include-inbound-ports": "8080, 80,8080"}, func(p *Policy) {
 			p.Inbound.IncludePorts = Ports{List: []uint16{80, 8080}}
 		}},
@@ -161,6 +162,7 @@ func TestParsePolicyRefuses(t *testing.T) {
 		{"sluice.dev/exclude-interfaces", "a234567890123456", `"a234567890123456": want the name of an interface, at most 15 characters`},
 		{"sluice.dev/exclude-interfaces", "..", `"..": want the name of an interface, at most 15 characters`},
 		{"sluice.dev/backend", "ebfp", `"ebfp": want auto, ebpf or iptables`},
+		{"sluice.dev/accelerate", "yes", `"yes": want auto, on or off`},
 		{"sluice.dev/backend", "", `want auto, ebpf or iptables`},
 		{"sluice.dev/proxy-uid", "root", `"root": want a user ID from 1 to 4294967294`},
 		{"sluice.dev/proxy-uid", "0", `"0": want a user ID from 1 to 4294967294`},

@@ -42,8 +42,9 @@ type Chosen struct {
 }
 
 var (
-	_ Redirector = (*Chosen)(nil)
-	_ Meter      = (*Chosen)(nil)
+	_ Redirector  = (*Chosen)(nil)
+	_ Meter       = (*Chosen)(nil)
+	_ Accelerator = (*Chosen)(nil)
 )
 
 // Choose opens the node's backend. With BackendAuto that is eBPF; where eBPF is
@@ -249,4 +250,27 @@ func (c *Chosen) meters(f func(Meter) error) error {
 		}
 		return f(m)
 	})
+}
+
+// Accelerations implements Accelerator: of the backend that can, if it is open.
+func (c *Chosen) Accelerations() []Acceleration {
+	if a := c.accelerator(); a != nil {
+		return a.Accelerations()
+	}
+	return nil
+}
+
+// AccelerationEvents implements Accelerator.
+func (c *Chosen) AccelerationEvents() (map[string]uint64, error) {
+	if a := c.accelerator(); a != nil {
+		return a.AccelerationEvents()
+	}
+	return nil, nil
+}
+
+func (c *Chosen) accelerator() Accelerator {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a, _ := c.backends[BackendEBPF].(Accelerator)
+	return a
 }

@@ -33,9 +33,12 @@ type Policy struct {
 	// ProxyUID is the user ID of the proxy's process.
 	ProxyUID uint32
 	// Backend is the pod's own choice; empty and BackendAuto mean the node's.
-	Backend  Backend
-	Outbound OutboundPolicy
-	Inbound  InboundPolicy
+	Backend Backend
+	// Accelerate is the pod's own choice; empty means the node's. Only the
+	// backend ebpf can do it.
+	Accelerate Accelerate `json:",omitempty"`
+	Outbound   OutboundPolicy
+	Inbound    InboundPolicy
 	// ExcludeInterfaces are interfaces of the pod whose traffic is not
 	// captured, in either direction. Sorted, without duplicates.
 	ExcludeInterfaces []string

@@ -94,7 +94,7 @@ func (r *Redirector) knowPins(spec *ebpf.CollectionSpec) error {
 	}
 	known := map[string]func(name string) bool{
 		r.dir: func(name string) bool {
-			return slices.Contains([]string{r.mapDir(), r.hookDir(), r.podsDir(), filepath.Join(r.dir, twReuseDir)}, filepath.Join(r.dir, name))
+			return slices.Contains([]string{r.mapDir(), r.hookDir(), r.podsDir(), r.accelDir(), filepath.Join(r.dir, twReuseDir)}, filepath.Join(r.dir, name))
 		},
 		r.hookDir(): func(name string) bool {
 			return slices.ContainsFunc(hooks, func(h hook) bool { return name == h.name || name == h.name+freshSuffix })

@@ -53,6 +53,17 @@ type Options struct {
 	Sizes Sizes
 	// Log receives what happened to the node's hooks. Nil discards it.
 	Log *slog.Logger
+	// Accelerate is the node's setting; empty means AccelerateOff. Unless off,
+	// New tries once what the kernel can do, which takes seconds. With
+	// AccelerateOn New fails where connections between proxies cannot be
+	// accelerated.
+	Accelerate redirect.Accelerate
+	// AccelerateCache is a file that remembers what was found; empty means none.
+	// It is of use until the next boot.
+	AccelerateCache string
+	// PairCheck is the command that calls paircheck.Child; empty means this
+	// program with the argument "paircheck".
+	PairCheck []string
 }
 
 // Sizes are numbers of entries; 0 means the default.
@@ -79,6 +90,7 @@ type Redirector struct {
 	log      *slog.Logger
 	turns    redirect.Turns[redirect.ID]
 
+	accel      acceleration
 	podCgroups podCgroups
 	hooksMu    sync.Mutex
 	attached   []attachedHook
@@ -132,6 +144,9 @@ func newFrom(o Options, object func() (*ebpf.CollectionSpec, error)) (*Redirecto
 			return nil, fmt.Errorf("make pin directory: %w", err)
 		}
 	}
+	if err := r.decide(o); err != nil {
+		return nil, err
+	}
 	unlock, err := lock(r.dir, false)
 	if err != nil {
 		return nil, err
@@ -139,6 +154,9 @@ func newFrom(o Options, object func() (*ebpf.CollectionSpec, error)) (*Redirecto
 	defer unlock()
 	if err := r.load(o.Sizes, host, object); err != nil {
 		return nil, err
+	}
+	if err := r.startAcceleration(); err != nil {
+		return nil, errors.Join(err, r.Close())
 	}
 	if err := r.takeOver(); err != nil {
 		return nil, errors.Join(err, r.Close())
@@ -173,6 +191,11 @@ func (r *Redirector) load(sizes Sizes, host uint64, object func() (*ebpf.Collect
 	} {
 		if n != 0 {
 			spec.Maps[name].MaxEntries = n
+		}
+	}
+	if r.accel.possible() {
+		if err := spec.Variables[redirectVarSlAccelerate].Set(uint8(1)); err != nil {
+			return fmt.Errorf("set up eBPF object: %w", err)
 		}
 	}
 	if err := adopt(spec, r.mapDir()); err != nil {
@@ -445,7 +468,7 @@ func (r *Redirector) takeOverPod(meta *redirectSlMeta, pod *redirectSlPod) error
 func (r *Redirector) Close() error {
 	r.hooksMu.Lock()
 	defer r.hooksMu.Unlock()
-	return errors.Join(r.keepHooks(nil), r.store.Close(), r.programs.Close())
+	return errors.Join(r.keepHooks(nil), r.store.Close(), r.programs.Close(), r.accel.programs.Close())
 }
 
 // Probe returns nil if this machine has all that New needs, else an error that
@@ -536,10 +559,11 @@ func loadUnpinned() error {
 // Uninstall removes everything of a node's data plane: redirection of all
 // pods, hooks, filters, addresses, pins and maps, and the bpffs if New has
 // mounted it. It needs no running Redirector and removes what it can even if
-// some of it fails. It mounts nothing. Of the options PinDir, NoMount and Log are
-// used.
+// some of it fails. It mounts nothing. Of the options PinDir, NoMount, Cgroup and
+// Log are used.
 func Uninstall(ctx context.Context, o Options) error {
 	o = o.withDefaults()
+	removeTrials(o.Cgroup)
 	if ok, err := isBPFFS(filepath.Dir(o.PinDir)); err != nil || !ok {
 		if errors.Is(err, os.ErrNotExist) {
 			err = nil
@@ -573,7 +597,7 @@ func removeTree(ctx context.Context, o Options) error {
 	for _, pod := range pods {
 		errs = append(errs, detachAll(filepath.Join(r.podsDir(), pod.Name())))
 	}
-	errs = append(errs, r.cleanNamespaces(ctx), detachAll(r.hookDir()))
+	errs = append(errs, r.cleanNamespaces(ctx), endAcceleration(o.PinDir), detachAll(r.hookDir()))
 	if err := os.RemoveAll(o.PinDir); err != nil {
 		errs = append(errs, fmt.Errorf("remove pins: %w", err))
 	}

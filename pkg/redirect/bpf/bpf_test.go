@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -9,11 +10,22 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/pkg/redirect/bpf/paircheck"
 	"github.com/sluicemesh/sluice/pkg/redirect/redirecttest"
 	"github.com/sluicemesh/sluice/tests/need"
 )
 
-func TestMain(m *testing.M) { os.Exit(redirecttest.Main(m)) }
+// TestMain is also the child that a trial of acceleration starts.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "paircheck" {
+		if err := paircheck.Child(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "paircheck:", err)
+			os.Exit(1)
+		}
+		return
+	}
+	os.Exit(redirecttest.Main(m))
+}
 
 // newOptions returns options with a bpffs of the test's own, and uninstalls
 // when the test is over.

@@ -76,6 +76,10 @@ func (r *Redirector) ensure(h inside, w redirect.Workload) error {
 	if err := r.ensureHooks(); err != nil {
 		return err
 	}
+	// Not in the digest: what the node can do may be another thing since.
+	if err := r.accelerate(cookie, w.Policy.Accelerate); err != nil {
+		return err
+	}
 	if old != nil && old.Digest == uint64(w.Digest()) && r.outsideProblem(cookie, meta, old) == nil && r.insideProblem(h, meta, old) == nil {
 		// A build that knew nothing of it may have kept the rest as it is.
 		return r.setProxyCgroup(cookie, w.ProxyCgroup)

@@ -33,6 +33,13 @@ const (
 	redirectSlDirectionSL_INBOUND  redirectSlDirection = 1
 )
 
+type redirectSlEnd struct {
+	_    structs.HostLayout
+	Pair uint64
+	Side uint32
+	Pad  uint32
+}
+
 type redirectSlFlowKey struct {
 	_      structs.HostLayout
 	Netns  uint64
@@ -69,6 +76,35 @@ type redirectSlName struct {
 	_    structs.HostLayout
 	Byte [16]uint8
 }
+
+type redirectSlPair struct {
+	_       structs.HostLayout
+	Sent    [2]uint64
+	Taken   [2]uint64
+	Caller  [2]uint64
+	During  [2]uint32
+	Way     [2]uint32
+	Changes [2]uint32
+	Joined  uint32
+	Pad     uint32
+}
+
+type redirectSlPairKey struct {
+	_            structs.HostLayout
+	Netns        uint64
+	Client       redirectSlAddr
+	Server       redirectSlAddr
+	ClientPortBe uint16
+	ServerPortBe uint16
+	Pad          uint32
+}
+
+type redirectSlPlace uint32
+
+const (
+	redirectSlPlaceSL_LOOPBACK redirectSlPlace = 1
+	redirectSlPlaceSL_PEER     redirectSlPlace = 2
+)
 
 type redirectSlPod struct {
 	_          structs.HostLayout
@@ -153,6 +189,13 @@ type redirectSlTarget struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	redirectMapAccelEnds       = "accel_ends"
+	redirectMapAccelEvents     = "accel_events"
+	redirectMapAccelPairs      = "accel_pairs"
+	redirectMapAccelPods       = "accel_pods"
+	redirectMapAccelSocks      = "accel_socks"
+	redirectMapAccelSwitch     = "accel_switch"
+	redirectMapAccelWait       = "accel_wait"
 	redirectMapCidrs           = "cidrs"
 	redirectMapHandover        = "handover"
 	redirectMapLayouts         = "layouts"
@@ -176,6 +219,7 @@ const (
 	redirectProgSlIngress      = "sl_ingress"
 	redirectProgSlLookup       = "sl_lookup"
 	redirectProgSlSockops      = "sl_sockops"
+	redirectVarSlAccelerate    = "sl_accelerate"
 	redirectVarSlHaveMptcp     = "sl_have_mptcp"
 	redirectVarSlHostNetns     = "sl_host_netns"
 )
@@ -238,6 +282,13 @@ type redirectProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type redirectMapSpecs struct {
+	AccelEnds    *ebpf.MapSpec `ebpf:"accel_ends"`
+	AccelEvents  *ebpf.MapSpec `ebpf:"accel_events"`
+	AccelPairs   *ebpf.MapSpec `ebpf:"accel_pairs"`
+	AccelPods    *ebpf.MapSpec `ebpf:"accel_pods"`
+	AccelSocks   *ebpf.MapSpec `ebpf:"accel_socks"`
+	AccelSwitch  *ebpf.MapSpec `ebpf:"accel_switch"`
+	AccelWait    *ebpf.MapSpec `ebpf:"accel_wait"`
 	Cidrs        *ebpf.MapSpec `ebpf:"cidrs"`
 	Handover     *ebpf.MapSpec `ebpf:"handover"`
 	Layouts      *ebpf.MapSpec `ebpf:"layouts"`
@@ -257,8 +308,9 @@ type redirectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type redirectVariableSpecs struct {
-	SlHaveMptcp *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
-	SlHostNetns *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlAccelerate *ebpf.VariableSpec `ebpf:"sl_accelerate"`
+	SlHaveMptcp  *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
+	SlHostNetns  *ebpf.VariableSpec `ebpf:"sl_host_netns"`
 }
 
 // redirectObjects contains all objects after they have been loaded into the kernel.
@@ -281,6 +333,13 @@ func (o *redirectObjects) Close() error {
 //
 // It can be passed to loadRedirectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type redirectMaps struct {
+	AccelEnds    *ebpf.Map `ebpf:"accel_ends"`
+	AccelEvents  *ebpf.Map `ebpf:"accel_events"`
+	AccelPairs   *ebpf.Map `ebpf:"accel_pairs"`
+	AccelPods    *ebpf.Map `ebpf:"accel_pods"`
+	AccelSocks   *ebpf.Map `ebpf:"accel_socks"`
+	AccelSwitch  *ebpf.Map `ebpf:"accel_switch"`
+	AccelWait    *ebpf.Map `ebpf:"accel_wait"`
 	Cidrs        *ebpf.Map `ebpf:"cidrs"`
 	Handover     *ebpf.Map `ebpf:"handover"`
 	Layouts      *ebpf.Map `ebpf:"layouts"`
@@ -298,6 +357,13 @@ type redirectMaps struct {
 
 func (m *redirectMaps) Close() error {
 	return _RedirectClose(
+		m.AccelEnds,
+		m.AccelEvents,
+		m.AccelPairs,
+		m.AccelPods,
+		m.AccelSocks,
+		m.AccelSwitch,
+		m.AccelWait,
 		m.Cidrs,
 		m.Handover,
 		m.Layouts,
@@ -318,8 +384,9 @@ func (m *redirectMaps) Close() error {
 //
 // It can be passed to loadRedirectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type redirectVariables struct {
-	SlHaveMptcp *ebpf.Variable `ebpf:"sl_have_mptcp"`
-	SlHostNetns *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlAccelerate *ebpf.Variable `ebpf:"sl_accelerate"`
+	SlHaveMptcp  *ebpf.Variable `ebpf:"sl_have_mptcp"`
+	SlHostNetns  *ebpf.Variable `ebpf:"sl_host_netns"`
 }
 
 // redirectPrograms contains all programs after they have been loaded into the kernel.

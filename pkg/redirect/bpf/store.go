@@ -487,7 +487,7 @@ func (s *store) release(cookie uint64) error {
 		return err
 	}
 	// After this line the pod's traffic is not redirected any more.
-	errs := []error{deleteKey(s.Pods, cookie)}
+	errs := []error{deleteKey(s.Pods, cookie), deleteKey(s.AccelPods, cookie)}
 	if pod != nil {
 		errs = append(errs, s.deletePolicy(pod.Policy, int(pod.Entries)))
 	}

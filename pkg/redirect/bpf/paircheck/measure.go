@@ -1,0 +1,135 @@
+package paircheck
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"time"
+)
+
+// A Gain compares one measure with and without acceleration.
+type Gain struct {
+	Measure string `json:"measure"`
+	// Plain and Accelerated are medians of what one round took; less is better.
+	Plain       time.Duration `json:"plain"`
+	Accelerated time.Duration `json:"accelerated"`
+}
+
+// Ratio is how much faster the accelerated round is; above 1 is a gain.
+func (g Gain) Ratio() float64 { return float64(g.Plain) / float64(g.Accelerated) }
+
+// measures are the shapes of traffic that are timed.
+func measures() []struct {
+	name  string
+	round func(w, r *end) error
+} {
+	return []struct {
+		name  string
+		round func(w, r *end) error
+	}{
+		{"round_trip_64", func(w, r *end) error { return pingPong(w, r, 64, 500) }},
+		{"round_trip_16k", func(w, r *end) error { return pingPong(w, r, 16<<10, 200) }},
+		{"stream_64k", func(w, r *end) error { return bulk(w, r, 64<<10, 32<<20) }},
+	}
+}
+
+const rounds = 7
+
+// measure times each shape in rounds that alternate between both.
+func measure(o Options) (gains []Gain, err error) {
+	ip := net.IPv4(127, 0, 0, 1)
+	plain, err := newDialer(ip, plainPort, o.Limit, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, plain.close()) }()
+	pairs, err := newDialer(ip, pairPort, o.Limit, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, pairs.close()) }()
+	for _, m := range measures() {
+		var took [2][]time.Duration
+		for range rounds {
+			for i, d := range []*dialer{plain, pairs} {
+				w, r, err := d.dial()
+				if err != nil {
+					return gains, err
+				}
+				start := time.Now()
+				err = m.round(w, r)
+				took[i] = append(took[i], time.Since(start))
+				if err := errors.Join(err, w.close(), r.close()); err != nil {
+					return gains, fmt.Errorf("%s: %w", m.name, err)
+				}
+			}
+		}
+		gains = append(gains, Gain{Measure: m.name, Plain: median(took[0]), Accelerated: median(took[1])})
+	}
+	return gains, nil
+}
+
+func median(d []time.Duration) time.Duration {
+	slices.Sort(d)
+	return d[len(d)/2]
+}
+
+// pingPong sends n bytes there and back, several times.
+func pingPong(w, r *end, n, times int) error {
+	there, back := make([]byte, n), make([]byte, n)
+	return both(
+		func() error {
+			for range times {
+				if err := w.write(there); err != nil {
+					return err
+				}
+				if err := w.read(there); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		func() error {
+			for range times {
+				if err := r.read(back); err != nil {
+					return err
+				}
+				if err := r.write(back); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+}
+
+// bulk sends total bytes in pieces of n.
+func bulk(w, r *end, n, total int) error {
+	out, in := make([]byte, n), make([]byte, n)
+	return both(
+		func() error {
+			for sent := 0; sent < total; sent += n {
+				if err := w.write(out); err != nil {
+					return err
+				}
+			}
+			return w.shutdown()
+		},
+		func() error {
+			got := 0
+			for {
+				n, err := r.recv(in, 0)
+				if err != nil {
+					return err
+				}
+				if n == 0 {
+					break
+				}
+				got += n
+			}
+			if got != total {
+				return fmt.Errorf("%d of %d bytes came", got, total)
+			}
+			return nil
+		})
+}
