@@ -82,7 +82,9 @@ func (m machine) args() []string {
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-accel", m.accel, "-cpu", "max", "-smp", strconv.Itoa(m.cpus), "-m", strconv.Itoa(m.memory),
 		"-kernel", m.image, "-initrd", m.initramfs,
-		"-append", "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic",
+		// A CPU that is stuck for a minute ends the machine, with a trace on the
+		// console; the default of 20 s is too little where this machine is busy.
+		"-append", "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic softlockup_panic=1 watchdog_thresh=30",
 		"-chardev", "file,id=console,path=" + m.console, "-serial", "chardev:console",
 		"-chardev", "stdio,id=results,signal=off", "-serial", "chardev:results",
 	}
