@@ -23,6 +23,7 @@ OPEN      ?= 10000
 SHORT     ?= 50000
 MODES     ?=
 LIMIT     ?= 10m
+KERNELS   ?= 5.10 6.1 6.12 newest
 SETUP     := tests/setup/setup.sh
 ARCH      ?= $(shell $(GO) env GOARCH)
 OUT       ?= bin/sluice-agent_$(ARCH).tar
@@ -100,6 +101,18 @@ test-parallel: ## Only what needs no namespaces of its own: race detector on
 test-serial: ## Only what makes namespaces, attaches programs, runs Envoys (root)
 	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL))")
 
+test-kernels: bin/kernels-run ## Boot the kernels that people run, try Sluice on each (KERNELS='6.1 newest' ALL=1: the whole root tier, or RUN=regexp)
+	@$(SETUP) qemu iptables $(addprefix kernel-,$(KERNELS))
+	bin/kernels-run -kernels '$(KERNELS)' $(if $(RUN),-run '$(RUN)',$(if $(ALL),-all))
+
+verify: bin/kernels-run ## Have these kernels verify every eBPF program, compare the counts (KERNELS=..., UPDATE=1: renew them)
+	@$(SETUP) qemu iptables $(addprefix kernel-,$(KERNELS))
+	bin/kernels-run -kernels '$(KERNELS)' -verify $(if $(UPDATE),-update)
+	$(if $(UPDATE),$(GO) test -count=1 -run '^TestDocument$$' ./tests/kernels -update)
+
+bin/kernels-run: FORCE
+	$(GO) build -trimpath -o $@ ./tests/kernels
+
 e2e: ## Helm install, calls and faults under load on a real cluster: KUBECONFIG's, or one of its own (PARTS='scenarios chart rights' RUN=regexp BACKEND=ebpf|iptables KEEP=1)
 	PARTS='$(PARTS)' RUN='$(RUN)' BACKEND='$(filter-out auto,$(BACKEND))' KEEP='$(KEEP)' tests/kube/run.sh
 
@@ -171,4 +184,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-cni bench-redirect bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-cni bench-redirect bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-kernels test-parallel test-serial tools tools-demo verify

@@ -9,6 +9,8 @@
 #   iproute   ip                                         (apt)
 #   gcc       gcc, which the race detector needs         (apt)
 #   clang     clang-19 and clang-format-19               (apt)
+#   qemu      qemu for this machine's own architecture   (apt)
+#   kernel-NAME  a kernel of Debian in .tools/kernels/NAME (apt, unpacked only)
 #
 # What is there already costs nothing. Where apt is and the caller is root,
 # packages are installed; else the missing program is named with how to get it.
@@ -191,6 +193,8 @@ for what in "$@"; do
 		apt llvm-strip-19 llvm-19
 		apt clang-format-19 clang-format-19
 		;;
+	qemu) apt qemu-system-x86_64 qemu-system-x86 ;;
+	kernel-*) tests/setup/kernels.sh "${what#kernel-}" || missing=1 ;;
 	*)
 		say "unknown: $what"
 		exit 2

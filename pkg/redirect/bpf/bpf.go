@@ -116,7 +116,7 @@ func (o Options) withDefaults() Options {
 
 // New loads the programs and attaches them, or takes over what an earlier
 // process has pinned, in which case every hook runs this build's program from
-// one connection to the next. It needs Linux 5.17; errors wrap
+// one connection to the next. It needs Linux 5.17 to 7.2; errors wrap
 // redirect.ErrNotSupported where the kernel lacks something or, with NoMount,
 // the node a bpffs, and ErrIncompatible if what is pinned cannot be taken over;
 // nothing is changed then. Close the Redirector when done; what is pinned stays.
@@ -229,7 +229,7 @@ func prepare(host uint64) (*ebpf.CollectionSpec, error) {
 // setUp sets what the programs must know of this kernel and node.
 func setUp(spec *ebpf.CollectionSpec, host uint64) error {
 	have := uint8(0)
-	if features.HaveProgramHelper(ebpf.CGroupSockAddr, asm.FnSkcToMptcpSock) == nil {
+	if haveMPTCP() == nil {
 		have = 1
 	}
 	err := errors.Join(spec.Variables[redirectVarSlHaveMptcp].Set(have), spec.Variables[redirectVarSlHostNetns].Set(host))
