@@ -27,7 +27,10 @@ import (
 
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
+	"github.com/sluicemesh/sluice/tests/sluicetest"
 )
+
+func TestMain(m *testing.M) { os.Exit(netnstest.VerifyNoLeaks(m)) }
 
 // A load makes requests until it is stopped: half of its workers keep their
 // connections, half make a new one for each request.
@@ -39,13 +42,13 @@ type load struct {
 	failures []string
 }
 
-func startLoad(t *testing.T, client *pod, url string) *load {
+func startLoad(t *testing.T, client *sluicetest.Pod, url string) *load {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	l := &load{stop: cancel}
 	for i := range 4 {
 		l.wg.Go(func() {
-			c := client.httpClient(i%2 == 0)
+			c := client.HTTPClient(i%2 == 0)
 			for ctx.Err() == nil {
 				code, body, _, err := fetch(c, url)
 				l.requests.Add(1)
@@ -65,7 +68,7 @@ func startLoad(t *testing.T, client *pod, url string) *load {
 func (l *load) more(t *testing.T, count int64) {
 	t.Helper()
 	want := l.requests.Load() + count
-	eventually(t, func() bool { return l.requests.Load() >= want }, func() string { return "the load makes no progress" })
+	sluicetest.Eventually(t, func() bool { return l.requests.Load() >= want }, func() string { return "the load makes no progress" })
 }
 
 // finish ends the load and fails the test if one request failed.
@@ -82,33 +85,33 @@ func (l *load) finish(t *testing.T) {
 // TestAgentKilled: while the agent is away, ended or killed, running connections
 // and new ones go on as before; a new agent takes over without a gap.
 func TestAgentKilled(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, _ := newPair(t, backend)
 		held := dialFrom(t, client, vip4+":82")
 		r := bufio.NewReader(held)
 		mustEcho(t, held, r)
-		inbound := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`)
+		inbound := n.Connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`)
 		load := startLoad(t, client, "http://"+vip4+"/")
 		load.more(t, 100)
 		for i := range 3 {
 			if i == 0 { // asked to end it leaves everything as it is, too
-				n.endAgent(t)
+				n.EndAgent(t)
 			} else {
-				n.killAgent()
+				n.KillAgent()
 			}
 			load.more(t, 200)
 			mustEcho(t, held, r)
-			n.startAgent(t)
+			n.StartAgent(t)
 			load.more(t, 200)
 			mustEcho(t, held, r)
 		}
 		load.finish(t)
-		if after := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`); after <= inbound {
+		if after := n.Connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`); after <= inbound {
 			t.Errorf("redirected inbound connections were %v and are %v: counters were lost", inbound, after)
 		}
 		// The new agent serves changes to Envoys that knew the old one.
-		n.service(t, "later", "10.96.7.9", "fd00:96::79", `{name: http, port: 80, targetPort: 8080}`)
-		client.waitService(t, "later", 80, 0)
+		n.Service(t, "later", "10.96.7.9", "fd00:96::79", `{name: http, port: 80, targetPort: 8080}`)
+		client.WaitService(t, "later", 80, 0)
 	})
 }
 
@@ -116,54 +119,54 @@ func TestAgentKilled(t *testing.T) {
 // Deployment does: the new one is there, the old one terminates and leaves the
 // endpoints, then it dies.
 func TestRollingEndpoints(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
-		n := newNode(t, backend)
-		n.service(t, "web", vip4, vip6, `{name: http, port: 80, targetPort: 8080}`)
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
+		n := sluicetest.New(t, backend)
+		n.Service(t, "web", vip4, vip6, `{name: http, port: 80, targetPort: 8080}`)
 		apply := func(name, metadata, ready string) {
-			yaml := n.podYAML(name, podSpec{metadata: ", labels: {app: web}" + metadata})
-			n.apply(t, "pod-"+name+".yaml", strings.TrimSuffix(yaml, "}")+fmt.Sprintf(", status: {conditions: [{type: Ready, status: %q}]}}", ready))
+			yaml := n.PodYAML(name, sluicetest.PodSpec{Metadata: ", labels: {app: web}" + metadata})
+			n.Apply(t, "pod-"+name+".yaml", strings.TrimSuffix(yaml, "}")+fmt.Sprintf(", status: {conditions: [{type: Ready, status: %q}]}}", ready))
 		}
-		start := func(name string) *pod { // ready once its application listens
+		start := func(name string) *sluicetest.Pod { // ready once its application listens
 			apply(name, "", "False")
-			p := n.sandbox(t, name)
-			if err := p.add(t); err != nil {
+			p := n.Sandbox(t, name)
+			if err := p.Add(t); err != nil {
 				t.Fatal(err)
 			}
-			p.startEnvoy(t)
+			p.StartEnvoy(t)
 			serve(t, p)
 			apply(name, "", "True")
 			return p
 		}
-		client := n.pod(t, "client", podSpec{})
+		client := n.Pod(t, "client", sluicetest.PodSpec{})
 		old := start("web-0")
-		client.waitService(t, "web", 80, 1)
+		client.WaitService(t, "web", 80, 1)
 		load := startLoad(t, client, "http://"+vip4+"/")
 		load.more(t, 100)
 		for i := 1; i <= 3; i++ {
 			next := start(fmt.Sprintf("web-%d", i))
-			client.waitService(t, "web", 80, 2)
+			client.WaitService(t, "web", 80, 2)
 			load.more(t, 100)
 
 			changed := time.Now()
-			apply(old.name, `, deletionTimestamp: "2026-01-01T00:00:00Z"`, "True")
-			client.waitService(t, "web", 80, 1)
+			apply(old.Name, `, deletionTimestamp: "2026-01-01T00:00:00Z"`, "True")
+			client.WaitService(t, "web", 80, 1)
 			took := time.Since(changed)
 			t.Logf("the endpoint left the client's Envoy after %v", took.Round(time.Millisecond))
 			if took > time.Second {
 				t.Errorf("a change reached the client's Envoy after %v, want within a second", took)
 			}
 			load.more(t, 100)
-			old.envoy.Stop()
-			old.del(t)
-			if err := os.Remove(filepath.Join(n.source, "pod-"+old.name+".yaml")); err != nil {
+			old.Envoy.Stop()
+			old.Del(t)
+			if err := os.Remove(filepath.Join(n.Source, "pod-"+old.Name+".yaml")); err != nil {
 				t.Fatal(err)
 			}
 			load.more(t, 100)
 			old = next
 		}
 		load.finish(t)
-		old.envoy.Stop()
-		old.del(t)
+		old.Envoy.Stop()
+		old.Del(t)
 	})
 }
 
@@ -171,19 +174,19 @@ func TestRollingEndpoints(t *testing.T) {
 // application and the pod reaches nobody; both are counted; when Envoy is back
 // everything works again.
 func TestFailClosed(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, server := newPair(t, backend)
-		plain := n.pod(t, "plain", podSpec{plain: true})
-		direct := netip.AddrPortFrom(server.v4, 8082).String()
+		plain := n.Pod(t, "plain", sluicetest.PodSpec{Plain: true})
+		direct := netip.AddrPortFrom(server.Addr4, 8082).String()
 		before := dialFrom(t, plain, direct)
 		mustEcho(t, before, bufio.NewReader(before))
 
-		server.envoy.Stop()
-		client.envoy.Stop()
+		server.Envoy.Stop()
+		client.Envoy.Stop()
 		for what, dial := range map[string]struct {
-			from *pod
+			from *sluicetest.Pod
 			to   string
-		}{"inbound": {plain, direct}, "outbound": {client, netip.AddrPortFrom(plain.v4, 9).String()}} {
+		}{"inbound": {plain, direct}, "outbound": {client, netip.AddrPortFrom(plain.Addr4, 9).String()}} {
 			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 			c, err := dial.from.Dial(ctx, "tcp", dial.to)
 			cancel()
@@ -195,13 +198,13 @@ func TestFailClosed(t *testing.T) {
 			}
 		}
 		if backend == "ebpf" {
-			if denied := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="denied"`); denied < 1 {
+			if denied := n.Connections(t, `pod="server"`, `direction="inbound"`, `verdict="denied"`); denied < 1 {
 				t.Errorf("%v denied inbound connections were counted, want at least 1", denied)
 			}
 		}
-		server.startEnvoy(t)
-		client.startEnvoy(t)
-		client.waitService(t, "server", 82, 1)
+		server.StartEnvoy(t)
+		client.StartEnvoy(t)
+		client.WaitService(t, "server", 82, 1)
 		c := dialFrom(t, client, vip4+":82")
 		mustEcho(t, c, bufio.NewReader(c))
 	})
@@ -210,18 +213,18 @@ func TestFailClosed(t *testing.T) {
 // TestPolicyChangesLive: an annotation takes effect on a running pod for new
 // connections, and an established one does not notice.
 func TestPolicyChangesLive(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, _ := newPair(t, backend)
-		plain := n.pod(t, "plain", podSpec{plain: true})
-		plain.serveTCP(t, 7000, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
-		to := netip.AddrPortFrom(plain.v4, 7000).String()
+		plain := n.Pod(t, "plain", sluicetest.PodSpec{Plain: true})
+		plain.ServeTCP(t, 7000, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+		to := netip.AddrPortFrom(plain.Addr4, 7000).String()
 		captured := func() bool {
 			t.Helper()
-			before := client.stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`)
+			before := client.Stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`)
 			c := dialFrom(t, client, to)
 			mustEcho(t, c, bufio.NewReader(c))
 			_ = c.Close()
-			return client.stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`) == before+1
+			return client.Stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`) == before+1
 		}
 		held := dialFrom(t, client, to)
 		r := bufio.NewReader(held)
@@ -235,20 +238,20 @@ func TestPolicyChangesLive(t *testing.T) {
 		}{
 			{`sluice.dev/exclude-outbound-ports: "7000"`, false},
 			{`traffic.sidecar.istio.io/excludeOutboundPorts: "7001"`, true},
-			{fmt.Sprintf(`traffic.sidecar.istio.io/excludeOutboundIPRanges: "%s/32"`, plain.v4), false},
+			{fmt.Sprintf(`traffic.sidecar.istio.io/excludeOutboundIPRanges: "%s/32"`, plain.Addr4), false},
 			{``, true},
 		} {
-			n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: ", labels: {app: client}, annotations: {" + step.annotations + "}"}))
-			eventually(t, func() bool { return captured() == step.want }, func() string {
+			n.Apply(t, "pod-client.yaml", n.PodYAML("client", sluicetest.PodSpec{Metadata: ", labels: {app: client}, annotations: {" + step.annotations + "}"}))
+			sluicetest.Eventually(t, func() bool { return captured() == step.want }, func() string {
 				return fmt.Sprintf("with annotations {%s} captured is not %v", step.annotations, step.want)
 			})
 			mustEcho(t, held, r)
 		}
 
 		// A bad value is named and what was in force stays.
-		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: `, labels: {app: client}, annotations: {sluice.dev/exclude-outbound-ports: "7000,seven"}`}))
-		eventually(t, func() bool {
-			_, body, err := n.get("/readyz")
+		n.Apply(t, "pod-client.yaml", n.PodYAML("client", sluicetest.PodSpec{Metadata: `, labels: {app: client}, annotations: {sluice.dev/exclude-outbound-ports: "7000,seven"}`}))
+		sluicetest.Eventually(t, func() bool {
+			_, body, err := n.Get("/readyz")
 			return err == nil && strings.Contains(body, "sluice.dev/exclude-outbound-ports") && strings.Contains(body, "seven")
 		}, func() string { return "/readyz does not name the annotation and the token" })
 		if !captured() {
@@ -256,31 +259,31 @@ func TestPolicyChangesLive(t *testing.T) {
 		}
 
 		// Capture off and on again.
-		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: `, labels: {app: client, sluice.dev/redirect: disabled}`}))
-		eventually(t, func() bool { return !captured() }, func() string { return "capture is not off" })
-		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{}))
-		eventually(t, captured, func() string { return "capture is not on again" })
+		n.Apply(t, "pod-client.yaml", n.PodYAML("client", sluicetest.PodSpec{Metadata: `, labels: {app: client, sluice.dev/redirect: disabled}`}))
+		sluicetest.Eventually(t, func() bool { return !captured() }, func() string { return "capture is not off" })
+		n.Apply(t, "pod-client.yaml", n.PodYAML("client", sluicetest.PodSpec{}))
+		sluicetest.Eventually(t, captured, func() string { return "capture is not on again" })
 	})
 }
 
 // TestOutboundPolicy: a pod may be kept from what no service describes, and be
 // let go again, while it runs.
 func TestOutboundPolicy(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, _ := newPair(t, backend)
-		plain := n.pod(t, "plain", podSpec{plain: true})
-		plain.serveTCP(t, 7000, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
+		plain := n.Pod(t, "plain", sluicetest.PodSpec{Plain: true})
+		plain.ServeTCP(t, 7000, func(c *net.TCPConn) { _, _ = io.Copy(c, c) })
 		reaches := func() bool {
-			c := dialFrom(t, client, netip.AddrPortFrom(plain.v4, 7000).String())
+			c := dialFrom(t, client, netip.AddrPortFrom(plain.Addr4, 7000).String())
 			defer func() { _ = c.Close() }()
 			_, _ = io.WriteString(c, "x\n")
 			line, _ := bufio.NewReader(c).ReadString('\n')
 			return line == "x\n"
 		}
 		for _, policy := range []string{"passthrough", "block", "passthrough"} {
-			n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: ", labels: {app: client}, annotations: {sluice.dev/outbound-policy: " + policy + "}"}))
-			eventually(t, func() bool { return reaches() == (policy == "passthrough") }, func() string { return "outbound policy " + policy + " has no effect" })
-			if code, body, _, err := fetch(client.httpClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
+			n.Apply(t, "pod-client.yaml", n.PodYAML("client", sluicetest.PodSpec{Metadata: ", labels: {app: client}, annotations: {sluice.dev/outbound-policy: " + policy + "}"}))
+			sluicetest.Eventually(t, func() bool { return reaches() == (policy == "passthrough") }, func() string { return "outbound policy " + policy + " has no effect" })
+			if code, body, _, err := fetch(client.HTTPClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
 				t.Errorf("with outbound policy %s a service answers %d %q, %v", policy, code, body, err)
 			}
 		}
@@ -289,13 +292,13 @@ func TestOutboundPolicy(t *testing.T) {
 
 // TestCNIVerbs sends CHECK, GC and STATUS through the real chain.
 func TestCNIVerbs(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, _ := newPair(t, backend)
-		ask := func(f func() error) error { return n.ns.Do(f) }
+		ask := func(f func() error) error { return n.Namespace.Do(f) }
 		check := func() error {
-			return ask(func() error { return n.cni.CheckNetworkList(t.Context(), n.conf, client.rt) })
+			return ask(func() error { return n.CNI.CheckNetworkList(t.Context(), n.Chain, client.Runtime) })
 		}
-		status := func() error { return ask(func() error { return n.cni.GetStatusNetworkList(t.Context(), n.conf) }) }
+		status := func() error { return ask(func() error { return n.CNI.GetStatusNetworkList(t.Context(), n.Chain) }) }
 		if err := check(); err != nil {
 			t.Errorf("CHECK of a pod that is redirected: %v", err)
 		}
@@ -311,14 +314,16 @@ func TestCNIVerbs(t *testing.T) {
 			t.Errorf("CHECK of a pod without ::6: %v; want an error that names it", err)
 		}
 		redirected := func() bool {
-			_, body, err := n.get("/metrics")
+			_, body, err := n.Get("/metrics")
 			return err == nil && strings.Contains(body, "\nsluice_pods{state=\"redirected\"} 2\n")
 		}
 		if !redirected() {
 			t.Error("not both pods are redirected")
 		}
 		gc := func(valid ...types.GCAttachment) error {
-			return ask(func() error { return n.cni.GCNetworkList(t.Context(), n.conf, &libcni.GCArgs{ValidAttachments: valid}) })
+			return ask(func() error {
+				return n.CNI.GCNetworkList(t.Context(), n.Chain, &libcni.GCArgs{ValidAttachments: valid})
+			})
 		}
 		all := []types.GCAttachment{{ContainerID: "c-client", IfName: "eth0"}, {ContainerID: "c-server", IfName: "eth0"}}
 		if err := gc(all...); err != nil || !redirected() {
@@ -327,7 +332,7 @@ func TestCNIVerbs(t *testing.T) {
 		if err := gc(all[1]); err != nil || redirected() {
 			t.Errorf("GC that keeps the server alone: %v, both redirected: %v", err, redirected())
 		}
-		n.killAgent()
+		n.KillAgent()
 		if err := status(); err == nil {
 			t.Error("STATUS succeeds without an agent")
 		}
@@ -348,8 +353,8 @@ func TestBackendChangesLive(t *testing.T) {
 		return err == nil && strings.Contains(string(b), "15001")
 	}
 	for _, backend := range []string{"iptables", "ebpf"} {
-		n.apply(t, "pod-client.yaml", n.podYAML("client", podSpec{metadata: ", labels: {app: client}, annotations: {sluice.dev/backend: " + backend + "}"}))
-		eventually(t, func() bool { return rules() == (backend == "iptables") }, func() string { return "the pod did not move to " + backend })
+		n.Apply(t, "pod-client.yaml", n.PodYAML("client", sluicetest.PodSpec{Metadata: ", labels: {app: client}, annotations: {sluice.dev/backend: " + backend + "}"}))
+		sluicetest.Eventually(t, func() bool { return rules() == (backend == "iptables") }, func() string { return "the pod did not move to " + backend })
 		load.more(t, 100)
 	}
 	load.finish(t)
@@ -358,15 +363,15 @@ func TestBackendChangesLive(t *testing.T) {
 // TestRoutes follows an HTTPRoute: a weight, a cookie, a header change, and
 // what matches nothing.
 func TestRoutes(t *testing.T) {
-	n := newNode(t, "auto")
-	n.service(t, "web", vip4, vip6, `{name: http, port: 80, targetPort: 8080}`)
-	client := n.pod(t, "client", podSpec{})
+	n := sluicetest.New(t, "auto")
+	n.Service(t, "web", vip4, vip6, `{name: http, port: 80, targetPort: 8080}`)
+	client := n.Pod(t, "client", sluicetest.PodSpec{})
 	for i, name := range []string{"v1", "v2"} {
-		n.service(t, name, fmt.Sprintf("10.96.7.%d", 11+i), fmt.Sprintf("fd00:96::7%d", i+2), `{name: http, port: 80, targetPort: 8080}`)
-		serve(t, n.pod(t, name, podSpec{}))
-		client.waitService(t, name, 80, 1)
+		n.Service(t, name, fmt.Sprintf("10.96.7.%d", 11+i), fmt.Sprintf("fd00:96::7%d", i+2), `{name: http, port: 80, targetPort: 8080}`)
+		serve(t, n.Pod(t, name, sluicetest.PodSpec{}))
+		client.WaitService(t, name, 80, 1)
 	}
-	n.apply(t, "route.yaml", `
+	n.Apply(t, "route.yaml", `
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
 metadata: {name: web, namespace: e2e}
@@ -381,9 +386,9 @@ spec:
   - matches: [{path: {type: Exact, value: /broken}}]
     backendRefs: [{name: missing, port: 80}]
 `)
-	c := client.httpClient(true)
+	c := client.HTTPClient(true)
 	applied := time.Now()
-	eventually(t, func() bool {
+	sluicetest.Eventually(t, func() bool {
 		code, _, _, err := fetch(c, "http://"+vip4+"/nothing")
 		return err == nil && code == http.StatusNotFound
 	}, func() string { return "what matches no rule is not answered 404" })
@@ -421,30 +426,30 @@ spec:
 // there before stays.
 func TestBrokenDocument(t *testing.T) {
 	n, client, _ := newPair(t, "auto")
-	n.apply(t, "service-server.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: server, namespace: e2e}\nspec:\n  clusterIP: 10.96.7.1\n  ports:\n  - {name: http, port: eighty}\n")
-	eventually(t, func() bool {
-		_, body, err := n.get("/readyz")
+	n.Apply(t, "service-server.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: server, namespace: e2e}\nspec:\n  clusterIP: 10.96.7.1\n  ports:\n  - {name: http, port: eighty}\n")
+	sluicetest.Eventually(t, func() bool {
+		_, body, err := n.Get("/readyz")
 		return err == nil && strings.Contains(body, "service-server.yaml:7") && strings.Contains(body, "spec.ports[0].port")
 	}, func() string {
-		_, body, _ := n.get("/readyz")
+		_, body, _ := n.Get("/readyz")
 		return "/readyz does not name file, line and field:\n" + body
 	})
-	if code, body, _, err := fetch(client.httpClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
+	if code, body, _, err := fetch(client.HTTPClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
 		t.Errorf("after a broken change the service answers %d %q, %v", code, body, err)
 	}
 }
 
 // TestXDSSocketIsTheProxysAlone: any other process of the pod is refused.
 func TestXDSSocketIsTheProxysAlone(t *testing.T) {
-	n := newNode(t, "auto")
-	p := n.pod(t, "a", podSpec{})
+	n := sluicetest.New(t, "auto")
+	p := n.Pod(t, "a", sluicetest.PodSpec{})
 	err := p.Do(func() error {
 		c, err := net.Dial("unix", "@sluice/xds")
 		if err != nil {
 			return fmt.Errorf("dial: %w", err)
 		}
 		defer func() { _ = c.Close() }()
-		_ = c.SetDeadline(time.Now().Add(deadline))
+		_ = c.SetDeadline(time.Now().Add(sluicetest.Deadline))
 		if _, err := io.WriteString(c, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"); err != nil {
 			return nil // refused before it was read
 		}
@@ -462,38 +467,38 @@ func TestXDSSocketIsTheProxysAlone(t *testing.T) {
 // once in the log, in /readyz and in a metric, and everything works.
 func TestFallback(t *testing.T) {
 	need.Tool(t, "unshare")
-	n := newNode(t, "auto")
-	n.killAgent()
-	n.uninstall(t)
-	n.service(t, "server", vip4, vip6, serverPorts)
-	server, client := n.sandbox(t, "server"), n.sandbox(t, "client")
+	n := sluicetest.New(t, "auto")
+	n.KillAgent()
+	n.Uninstall(t)
+	n.Service(t, "server", vip4, vip6, serverPorts)
+	server, client := n.Sandbox(t, "server"), n.Sandbox(t, "client")
 	// A mount namespace without cgroup v2. What is mounted later does not show
 	// in it, so the sandboxes are there already.
-	n.wrap = []string{"unshare", "--mount", "--propagation", "slave", "sh", "-c", `umount --lazy --all --types cgroup2 && exec "$@"`, "sh"}
-	n.startAgent(t)
-	for _, p := range []*pod{server, client} {
-		n.apply(t, "pod-"+p.name+".yaml", n.podYAML(p.name, podSpec{}))
-		if err := p.add(t); err != nil {
+	n.Wrap = []string{"unshare", "--mount", "--propagation", "slave", "sh", "-c", `umount --lazy --all --types cgroup2 && exec "$@"`, "sh"}
+	n.StartAgent(t)
+	for _, p := range []*sluicetest.Pod{server, client} {
+		n.Apply(t, "pod-"+p.Name+".yaml", n.PodYAML(p.Name, sluicetest.PodSpec{}))
+		if err := p.Add(t); err != nil {
 			t.Fatal(err)
 		}
-		p.startEnvoy(t)
-		defer p.del(t)
+		p.StartEnvoy(t)
+		defer p.Del(t)
 	}
 	serve(t, server)
-	client.waitService(t, "server", 80, 1)
-	if code, body, _, err := fetch(client.httpClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
+	client.WaitService(t, "server", 80, 1)
+	if code, body, _, err := fetch(client.HTTPClient(false), "http://"+vip4+"/"); err != nil || code != 200 {
 		t.Errorf("answer %d %q, %v", code, body, err)
 	}
 	const reason = "cgroup v2 mounted: root of the cgroup v2 hierarchy is not mounted"
-	_, ready, err := n.get("/readyz")
+	_, ready, err := n.Get("/readyz")
 	if err != nil || !strings.Contains(ready, "backend iptables, since "+reason) {
 		t.Errorf("/readyz does not say why the backend is iptables, %v:\n%s", err, ready)
 	}
-	_, metrics, err := n.get("/metrics")
+	_, metrics, err := n.Get("/metrics")
 	if err != nil || !strings.Contains(metrics, `sluice_backend_info{backend="iptables",reason="`+reason) {
 		t.Errorf("no metric says why the backend is iptables, %v", err)
 	}
-	log, err := os.ReadFile(n.log)
+	log, err := os.ReadFile(n.Log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -504,35 +509,35 @@ func TestFallback(t *testing.T) {
 
 // TestAgentDown: a pod cannot be added without the agent, and is told why.
 func TestAgentDown(t *testing.T) {
-	n := newNode(t, "auto")
-	n.apply(t, "pod-a.yaml", n.podYAML("a", podSpec{}))
-	n.killAgent()
-	p := n.sandbox(t, "a")
+	n := sluicetest.New(t, "auto")
+	n.Apply(t, "pod-a.yaml", n.PodYAML("a", sluicetest.PodSpec{}))
+	n.KillAgent()
+	p := n.Sandbox(t, "a")
 	start := time.Now()
-	err := p.add(t)
+	err := p.Add(t)
 	if err == nil || !strings.Contains(err.Error(), "agent") || time.Since(start) > 6*time.Second {
 		t.Errorf("ADD without an agent: %v after %v; want an error that says so within 5 s", err, time.Since(start))
 	}
-	p.del(t)
-	n.startAgent(t)
-	if err := p.add(t); err != nil {
+	p.Del(t)
+	n.StartAgent(t)
+	if err := p.Add(t); err != nil {
 		t.Errorf("ADD with the agent back: %v", err)
 	}
-	p.del(t)
+	p.Del(t)
 }
 
 // TestUninstallLeavesNothing compares pod and machine with how they were before
 // Sluice was there.
 func TestUninstallLeavesNothing(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		before := kernelState(t)
-		n := newNode(t, backend)
-		n.service(t, "server", vip4, vip6, serverPorts)
-		n.apply(t, "pod-a.yaml", n.podYAML("a", podSpec{}))
-		p := n.sandbox(t, "a")
-		chain := n.conf.Plugins
-		n.conf.Plugins = chain[:1] // the bridge alone
-		if err := p.add(t); err != nil {
+		n := sluicetest.New(t, backend)
+		n.Service(t, "server", vip4, vip6, serverPorts)
+		n.Apply(t, "pod-a.yaml", n.PodYAML("a", sluicetest.PodSpec{}))
+		p := n.Sandbox(t, "a")
+		chain := n.Chain.Plugins
+		n.Chain.Plugins = chain[:1] // the bridge alone
+		if err := p.Add(t); err != nil {
 			t.Fatal(err)
 		}
 		// Its address and the number of its interface are others each time.
@@ -540,38 +545,38 @@ func TestUninstallLeavesNothing(t *testing.T) {
 		state := func() netnstest.State {
 			s := p.State(t)
 			for i := range s {
-				s[i] = strings.NewReplacer(p.v4.String(), "V4", p.v6.String(), "V6").Replace(s[i])
+				s[i] = strings.NewReplacer(p.Addr4.String(), "V4", p.Addr6.String(), "V6").Replace(s[i])
 				s[i] = number.ReplaceAllString(s[i], "Ifindex: N")
 			}
 			slices.Sort(s)
 			return s
 		}
 		bare := state()
-		p.del(t)
-		n.conf.Plugins = chain
-		if err := p.add(t); err != nil {
+		p.Del(t)
+		n.Chain.Plugins = chain
+		if err := p.Add(t); err != nil {
 			t.Fatal(err)
 		}
-		p.startEnvoy(t)
+		p.StartEnvoy(t)
 		client := dialFrom(t, p, vip4+":82") // leaves state of a connection behind
 		_ = client.Close()
-		p.envoy.Stop()
+		p.Envoy.Stop()
 		if diff := bare.Diff(state()); diff == "" {
 			t.Error("a redirected pod cannot be told from a bare one: this test would see nothing")
 		}
 
-		n.killAgent()
-		n.uninstall(t)
-		eventually(t, func() bool { return bare.Diff(state()) == "" }, func() string {
+		n.KillAgent()
+		n.Uninstall(t)
+		sluicetest.Eventually(t, func() bool { return bare.Diff(state()) == "" }, func() string {
 			return "the pod is not as it was before, -before +after:\n" + bare.Diff(state())
 		})
 		var left []string // others on the machine may come and go; what stays is ours
-		eventually(t, func() bool {
+		sluicetest.Eventually(t, func() bool {
 			left = slices.DeleteFunc(kernelState(t), func(s string) bool { return slices.Contains(before, s) })
 			return len(left) == 0
 		}, func() string { return "left on the machine:\n" + strings.Join(left, "\n") })
-		n.conf.Plugins = chain[:1]
-		p.del(t)
+		n.Chain.Plugins = chain[:1]
+		p.Del(t)
 	})
 }
 
@@ -618,8 +623,8 @@ func kernelState(t *testing.T) []string {
 			state = append(state, fmt.Sprintf("link %d of program %d", info.ID, info.Program))
 		}
 	}
-	if _, err := os.Stat(pinDir()); err == nil {
-		state = append(state, pinDir())
+	if _, err := os.Stat(sluicetest.PinDir()); err == nil {
+		state = append(state, sluicetest.PinDir())
 	}
 	return state
 }

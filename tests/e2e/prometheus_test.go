@@ -11,6 +11,7 @@ import (
 
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/promcheck"
+	"github.com/sluicemesh/sluice/tests/sluicetest"
 )
 
 // scrapeConfig is that of docs/metrics.md, with the node as target.
@@ -19,7 +20,7 @@ global: {scrape_interval: 1s, scrape_timeout: 1s}
 scrape_configs:
 - job_name: sluice-agent
   honor_labels: true
-  static_configs: &agents [{targets: ['` + httpAddr + `'], labels: {node: node-a}}]
+  static_configs: &agents [{targets: ['` + sluicetest.HTTPAddr + `'], labels: {node: node-a}}]
 - job_name: sluice-proxies
   metrics_path: /metrics/proxies
   honor_labels: true
@@ -30,15 +31,15 @@ scrape_configs:
 // there is traffic, and asks it every query of the dashboard.
 func TestPrometheus(t *testing.T) {
 	promcheck.Tool(t, "prometheus")
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, server := newPair(t, backend)
 		const owned = `, labels: {app: %s, pod-template-hash: 6c8f7d9b5}, ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: %[1]s-app-6c8f7d9b5, uid: u, controller: true}]`
-		for _, p := range []*pod{client, server} {
-			n.apply(t, "pod-"+p.name+".yaml", n.podYAML(p.name, podSpec{metadata: fmt.Sprintf(owned, p.name)}))
+		for _, p := range []*sluicetest.Pod{client, server} {
+			n.Apply(t, "pod-"+p.Name+".yaml", n.PodYAML(p.Name, sluicetest.PodSpec{Metadata: fmt.Sprintf(owned, p.Name)}))
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 		defer cancel()
-		p := promcheck.Start(t, n.ns, scrapeConfig)
+		p := promcheck.Start(t, n.Namespace, scrapeConfig)
 		http80 := startLoad(t, client, "http://"+vip4+":80/")
 
 		dashboard := filepath.Join(need.Repo(t), "deploy", "helm", "sluice", "dashboards", "sluice.json")
@@ -84,7 +85,7 @@ func TestPrometheus(t *testing.T) {
 			}
 		}
 		for _, path := range []string{"/metrics", "/metrics/proxies", "/metrics/proxies?all=1", "/metrics/proxies?filter=^server"} {
-			code, body, err := n.get(path)
+			code, body, err := n.Get(path)
 			if err != nil || code != http.StatusOK {
 				t.Errorf("%s: status %d, %v", path, code, err)
 				continue
@@ -95,7 +96,7 @@ func TestPrometheus(t *testing.T) {
 		}
 
 		// A sidecar that has ended is missing, and nothing else is.
-		server.envoy.Stop()
+		server.Envoy.Stop()
 		if err := promcheck.Poll(ctx, func() error {
 			for expr, want := range map[string]string{
 				`sluice_proxy_scrape_up{pod="server"}`:                           "0",
@@ -117,7 +118,7 @@ func TestPrometheus(t *testing.T) {
 }
 
 // mustEcho82 sends something over TCP.
-func mustEcho82(t *testing.T, client *pod) {
+func mustEcho82(t *testing.T, client *sluicetest.Pod) {
 	t.Helper()
 	if err := client.Do(func() error { return shortConnection(t.Context()) }); err != nil {
 		t.Fatal(err)

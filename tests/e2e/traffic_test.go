@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/interop/grpc_testing"
 
 	"github.com/sluicemesh/sluice/pkg/redirect/netns"
+	"github.com/sluicemesh/sluice/tests/sluicetest"
 )
 
 // Addresses of the service "server", ports in the order of serverPorts.
@@ -46,20 +47,20 @@ const serverPorts = `
 // newPair makes a client pod and a server pod, each with a sidecar, and the
 // server's application: HTTP/1.1, HTTP/2 and WebSocket on 8080, gRPC on 8081,
 // an echo on 8082, a server that speaks first on 8084, a checksummer on 8085.
-func newPair(t *testing.T, backend string) (n *node, client, server *pod) {
+func newPair(t *testing.T, backend string) (n *sluicetest.Node, client, server *sluicetest.Pod) {
 	t.Helper()
-	n = newNode(t, backend)
-	n.service(t, "server", vip4, vip6, serverPorts)
-	server = n.pod(t, "server", podSpec{})
-	client = n.pod(t, "client", podSpec{})
+	n = sluicetest.New(t, backend)
+	n.Service(t, "server", vip4, vip6, serverPorts)
+	server = n.Pod(t, "server", sluicetest.PodSpec{})
+	client = n.Pod(t, "client", sluicetest.PodSpec{})
 	serve(t, server)
-	client.waitService(t, "server", 80, 1)
-	client.waitService(t, "server", 86, 1)
+	client.WaitService(t, "server", 80, 1)
+	client.WaitService(t, "server", 86, 1)
 	return n, client, server
 }
 
 // serve runs the server's application in the pod.
-func serve(t *testing.T, p *pod) {
+func serve(t *testing.T, p *sluicetest.Pod) {
 	t.Helper()
 	h := http.NewServeMux()
 	h.HandleFunc("/ws", func(w http.ResponseWriter, r *http.Request) {
@@ -77,28 +78,28 @@ func serve(t *testing.T, p *pod) {
 	})
 	h.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("X-Remote", r.RemoteAddr)
-		_, _ = fmt.Fprintf(w, "%s %s %s", p.name, r.Proto, r.Host)
+		_, _ = fmt.Fprintf(w, "%s %s %s", p.Name, r.Proto, r.Host)
 	})
-	httpServer := &http.Server{Handler: h, ReadHeaderTimeout: deadline, Protocols: new(http.Protocols)}
+	httpServer := &http.Server{Handler: h, ReadHeaderTimeout: sluicetest.Deadline, Protocols: new(http.Protocols)}
 	httpServer.Protocols.SetHTTP1(true)
 	httpServer.Protocols.SetUnencryptedHTTP2(true)
-	go func() { _ = httpServer.Serve(p.listen(t, 8080)) }()
+	go func() { _ = httpServer.Serve(p.ListenTCP(t, 8080)) }()
 	t.Cleanup(func() { _ = httpServer.Close() })
 
 	grpcServer := grpc.NewServer()
 	grpc_testing.RegisterTestServiceServer(grpcServer, &streamer{})
-	go func() { _ = grpcServer.Serve(p.listen(t, 8081)) }()
+	go func() { _ = grpcServer.Serve(p.ListenTCP(t, 8081)) }()
 	t.Cleanup(grpcServer.Stop)
 
-	p.serveTCP(t, 8082, func(c *net.TCPConn) {
+	p.ServeTCP(t, 8082, func(c *net.TCPConn) {
 		_, _ = io.Copy(c, c) // until the client closes its half
 	})
-	p.serveTCP(t, 8084, func(c *net.TCPConn) {
+	p.ServeTCP(t, 8084, func(c *net.TCPConn) {
 		_, _ = io.WriteString(c, "220 hello\n")
 		line, _ := bufio.NewReader(c).ReadString('\n')
 		_, _ = io.WriteString(c, "250 "+line)
 	})
-	p.serveTCP(t, 8085, func(c *net.TCPConn) { // the sum comes after the client's FIN: half close
+	p.ServeTCP(t, 8085, func(c *net.TCPConn) { // the sum comes after the client's FIN: half close
 		sum := sha256.New()
 		size, _ := io.Copy(sum, c)
 		_, _ = fmt.Fprintf(c, "%d %x\n", size, sum.Sum(nil))
@@ -126,44 +127,6 @@ func (*streamer) FullDuplexCall(s grpc_testing.TestService_FullDuplexCallServer)
 	}
 }
 
-// listen listens inside the pod on all its addresses.
-func (p *pod) listen(t *testing.T, port int) net.Listener {
-	t.Helper()
-	l, err := p.Listen(t.Context(), "tcp", ":"+strconv.Itoa(port))
-	if err != nil {
-		t.Fatalf("listen in pod %s: %v", p.name, err)
-	}
-	return l
-}
-
-// serveTCP handles connections until the test ends.
-func (p *pod) serveTCP(t *testing.T, port int, handle func(*net.TCPConn)) {
-	t.Helper()
-	l := p.listen(t, port)
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer func() { _ = c.Close() }()
-				_ = c.SetDeadline(time.Now().Add(5 * deadline))
-				handle(c.(*net.TCPConn))
-			}()
-		}
-	}()
-}
-
-// httpClient makes requests from inside the pod. Each connection is dialled there.
-func (p *pod) httpClient(keepAlive bool) *http.Client {
-	return &http.Client{Timeout: deadline, Transport: &http.Transport{
-		DisableKeepAlives: !keepAlive, MaxIdleConnsPerHost: 100,
-		DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) { return p.Dial(ctx, network, addr) },
-	}}
-}
-
 // fetch makes one request and returns status and body.
 func fetch(c *http.Client, url string, header ...string) (int, string, http.Header, error) {
 	req, err := http.NewRequest(http.MethodGet, url, nil)
@@ -182,31 +145,21 @@ func fetch(c *http.Client, url string, header ...string) (int, string, http.Head
 	return resp.StatusCode, string(b), resp.Header, err
 }
 
-// stat returns one statistic of the pod's Envoy, or the sum of those that the
-// expression matches.
-func (p *pod) stat(t *testing.T, regex string) (sum uint64) {
-	t.Helper()
-	for _, v := range p.envoy.Stats(t.Context(), regex) {
-		sum += v
-	}
-	return sum
-}
-
 // through runs send and then wants both sidecars to have counted and logged
 // what it sent to the port of the service "server", which is target at the
 // application: the chain, http or tcp, tells what Envoy took it for.
-func through(t *testing.T, client, server *pod, port, target int, chain string, send func(*testing.T)) {
+func through(t *testing.T, client, server *sluicetest.Pod, port, target int, chain string, send func(*testing.T)) {
 	t.Helper()
 	counter := "upstream_cx_total"
 	if chain == "http" {
 		counter = "upstream_rq_total" // of connections Envoy has a pool
 	}
 	type witness struct {
-		*pod
+		*sluicetest.Pod
 		direction, destination, cluster string
 	}
 	logged := func(w witness) (n int) {
-		for line := range strings.Lines(w.envoy.AccessLog()) {
+		for line := range strings.Lines(w.Envoy.AccessLog()) {
 			var l struct{ Direction, Chain, Destination, Cluster string }
 			if json.Unmarshal([]byte(line), &l) == nil && // a line may be half written
 				l.Direction == w.direction && l.Chain == chain && l.Destination == w.destination && l.Cluster == w.cluster {
@@ -216,11 +169,11 @@ func through(t *testing.T, client, server *pod, port, target int, chain string, 
 		return n
 	}
 	counted := func(w witness) uint64 {
-		return w.stat(t, "^cluster\\."+regexp.QuoteMeta(w.cluster)+`\.`+counter+"$")
+		return w.Stat(t, "^cluster\\."+regexp.QuoteMeta(w.cluster)+`\.`+counter+"$")
 	}
 	witnesses := []witness{
 		{client, "outbound", netip.AddrPortFrom(netip.MustParseAddr(vip4), uint16(port)).String(), fmt.Sprintf("out/e2e/server/%d", port)},
-		{server, "inbound", netip.AddrPortFrom(server.v4, uint16(target)).String(), fmt.Sprintf("in/%d", target)},
+		{server, "inbound", netip.AddrPortFrom(server.Addr4, uint16(target)).String(), fmt.Sprintf("in/%d", target)},
 	}
 	var counts []uint64
 	var lines []int
@@ -232,10 +185,10 @@ func through(t *testing.T, client, server *pod, port, target int, chain string, 
 	}
 	for i, w := range witnesses {
 		if after := counted(w); after <= counts[i] {
-			t.Errorf("%s of cluster %s stayed at %d in the Envoy of %s", counter, w.cluster, after, w.name)
+			t.Errorf("%s of cluster %s stayed at %d in the Envoy of %s", counter, w.cluster, after, w.Name)
 		}
-		eventually(t, func() bool { return logged(w) > lines[i] }, func() string {
-			return fmt.Sprintf("the Envoy of %s has logged no %s connection to %s with chain %s:\n%s", w.name, w.direction, w.destination, chain, w.envoy.AccessLog())
+		sluicetest.Eventually(t, func() bool { return logged(w) > lines[i] }, func() string {
+			return fmt.Sprintf("the Envoy of %s has logged no %s connection to %s with chain %s:\n%s", w.Name, w.direction, w.destination, chain, w.Envoy.AccessLog())
 		})
 	}
 }
@@ -244,13 +197,13 @@ func through(t *testing.T, client, server *pod, port, target int, chain string, 
 // and looks at what came back, at both Envoys' statistics and access logs, and
 // at the agent's counters.
 func TestProtocols(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		n, client, server := newPair(t, backend)
 
 		for _, vip := range []string{vip4, "[" + vip6 + "]"} {
 			t.Run("HTTP1 "+vip, func(t *testing.T) {
-				before := n.connections(t, `pod="client"`, `direction="outbound"`, `verdict="redirected"`)
-				code, body, header, err := fetch(client.httpClient(false), "http://"+vip+"/h1")
+				before := n.Connections(t, `pod="client"`, `direction="outbound"`, `verdict="redirected"`)
+				code, body, header, err := fetch(client.HTTPClient(false), "http://"+vip+"/h1")
 				if want := "server HTTP/1.1 " + vip; err != nil || code != 200 || body != want {
 					t.Fatalf("answer %d %q, %v; want 200 %q", code, body, err, want)
 				}
@@ -258,13 +211,13 @@ func TestProtocols(t *testing.T) {
 				if from := header.Get("X-Remote"); !strings.HasPrefix(from, "127.0.0.6:") && !strings.HasPrefix(from, "[::6]:") {
 					t.Errorf("the application saw %s as its client, not its Envoy", from)
 				}
-				if after := n.connections(t, `pod="client"`, `direction="outbound"`, `verdict="redirected"`); after != before+1 {
+				if after := n.Connections(t, `pod="client"`, `direction="outbound"`, `verdict="redirected"`); after != before+1 {
 					t.Errorf("redirected outbound connections of the client went from %v to %v, want one more", before, after)
 				}
-				ctx, cancel := context.WithTimeout(t.Context(), deadline)
+				ctx, cancel := context.WithTimeout(t.Context(), sluicetest.Deadline)
 				defer cancel()
-				for _, p := range []*pod{client, server} {
-					p.envoy.WaitAccessLog(ctx, func(line string) bool { return strings.Contains(line, "/h1") })
+				for _, p := range []*sluicetest.Pod{client, server} {
+					p.Envoy.WaitAccessLog(ctx, func(line string) bool { return strings.Contains(line, "/h1") })
 				}
 			})
 		}
@@ -296,53 +249,53 @@ func TestProtocols(t *testing.T) {
 		}
 
 		t.Run("unknown destination passes through", func(t *testing.T) {
-			plain := n.pod(t, "plain", podSpec{plain: true})
-			plain.serveTCP(t, 7777, func(c *net.TCPConn) { _, _ = io.WriteString(c, "from "+c.RemoteAddr().String()+"\n") })
-			before := client.stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`)
-			c := dialFrom(t, client, netip.AddrPortFrom(plain.v4, 7777).String())
+			plain := n.Pod(t, "plain", sluicetest.PodSpec{Plain: true})
+			plain.ServeTCP(t, 7777, func(c *net.TCPConn) { _, _ = io.WriteString(c, "from "+c.RemoteAddr().String()+"\n") })
+			before := client.Stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`)
+			c := dialFrom(t, client, netip.AddrPortFrom(plain.Addr4, 7777).String())
 			line, err := bufio.NewReader(c).ReadString('\n')
-			if !strings.HasPrefix(line, "from "+client.v4.String()+":") {
-				t.Errorf("the server outside saw %q, %v; want the client's own address %s", line, err, client.v4)
+			if !strings.HasPrefix(line, "from "+client.Addr4.String()+":") {
+				t.Errorf("the server outside saw %q, %v; want the client's own address %s", line, err, client.Addr4)
 			}
-			if after := client.stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`); after != before+1 {
+			if after := client.Stat(t, `^cluster\.passthrough.*\.upstream_cx_total$`); after != before+1 {
 				t.Errorf("passthrough connections of the client's Envoy went from %d to %d, want one more", before, after)
 			}
 		})
 
 		t.Run("client without a sidecar", func(t *testing.T) {
-			plain := n.pod(t, "plain2", podSpec{plain: true})
-			before := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`)
-			code, body, header, err := fetch(plain.httpClient(false), "http://"+netip.AddrPortFrom(server.v4, 8080).String()+"/")
+			plain := n.Pod(t, "plain2", sluicetest.PodSpec{Plain: true})
+			before := n.Connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`)
+			code, body, header, err := fetch(plain.HTTPClient(false), "http://"+netip.AddrPortFrom(server.Addr4, 8080).String()+"/")
 			if err != nil || code != 200 || !strings.HasPrefix(header.Get("X-Remote"), "127.0.0.6:") {
 				t.Errorf("answer %d %q from %s, %v; want it through the server's Envoy", code, body, header.Get("X-Remote"), err)
 			}
-			if after := n.connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`); after != before+1 {
+			if after := n.Connections(t, `pod="server"`, `direction="inbound"`, `verdict="redirected"`); after != before+1 {
 				t.Errorf("redirected inbound connections went from %v to %v, want one more", before, after)
 			}
 		})
 
 		t.Run("port that is not declared", func(t *testing.T) {
-			server.serveTCP(t, 9999, func(c *net.TCPConn) { _, _ = io.WriteString(c, "from "+c.RemoteAddr().String()+"\n") })
-			before := server.stat(t, `^cluster\.in-passthrough\.upstream_cx_total$`)
-			for _, addr := range []netip.Addr{server.v4, server.v6} {
+			server.ServeTCP(t, 9999, func(c *net.TCPConn) { _, _ = io.WriteString(c, "from "+c.RemoteAddr().String()+"\n") })
+			before := server.Stat(t, `^cluster\.in-passthrough\.upstream_cx_total$`)
+			for _, addr := range []netip.Addr{server.Addr4, server.Addr6} {
 				line, err := bufio.NewReader(dialFrom(t, client, netip.AddrPortFrom(addr, 9999).String())).ReadString('\n')
 				if !strings.HasPrefix(line, "from 127.0.0.6:") && !strings.HasPrefix(line, "from [::6]:") {
 					t.Errorf("%s: the application saw %q, %v; want its own Envoy", addr, line, err)
 				}
 			}
-			if after := server.stat(t, `^cluster\.in-passthrough\.upstream_cx_total$`); after != before+2 {
+			if after := server.Stat(t, `^cluster\.in-passthrough\.upstream_cx_total$`); after != before+2 {
 				t.Errorf("inbound passthrough connections went from %d to %d, want two more", before, after)
 			}
 		})
 
 		t.Run("pod calls its own service", func(t *testing.T) {
-			server.waitService(t, "server", 80, 1)
-			before := server.stat(t, `^listener\..*15006\.downstream_cx_total$|^http\.in.*downstream_cx_total$`)
-			code, body, header, err := fetch(server.httpClient(false), "http://"+vip4+"/self")
+			server.WaitService(t, "server", 80, 1)
+			before := server.Stat(t, `^listener\..*15006\.downstream_cx_total$|^http\.in.*downstream_cx_total$`)
+			code, body, header, err := fetch(server.HTTPClient(false), "http://"+vip4+"/self")
 			if err != nil || code != 200 || !strings.HasPrefix(header.Get("X-Remote"), "127.0.0.6:") {
 				t.Errorf("answer %d %q from %s, %v; want it through 15001 and 15006 of its own Envoy", code, body, header.Get("X-Remote"), err)
 			}
-			if after := server.stat(t, `^listener\..*15006\.downstream_cx_total$|^http\.in.*downstream_cx_total$`); after <= before {
+			if after := server.Stat(t, `^listener\..*15006\.downstream_cx_total$|^http\.in.*downstream_cx_total$`); after <= before {
 				t.Errorf("inbound connections of the server's Envoy stayed at %d", after)
 			}
 		})
@@ -351,9 +304,9 @@ func TestProtocols(t *testing.T) {
 
 // wantHTTP makes a request of that version, for HTTP/2 in clear text and with
 // prior knowledge, and wants it to arrive as the same.
-func wantHTTP(t *testing.T, client *pod, port int, proto string) {
+func wantHTTP(t *testing.T, client *sluicetest.Pod, port int, proto string) {
 	t.Helper()
-	c := client.httpClient(true)
+	c := client.HTTPClient(true)
 	transport := c.Transport.(*http.Transport)
 	if proto == "HTTP/2.0" {
 		transport.Protocols = new(http.Protocols)
@@ -366,7 +319,7 @@ func wantHTTP(t *testing.T, client *pod, port int, proto string) {
 	}
 }
 
-func webSocket(t *testing.T, client *pod) {
+func webSocket(t *testing.T, client *sluicetest.Pod) {
 	t.Helper()
 	c := dialFrom(t, client, vip4+":80")
 	_, _ = io.WriteString(c, "GET /ws HTTP/1.1\r\nHost: server\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
@@ -382,7 +335,7 @@ func webSocket(t *testing.T, client *pod) {
 
 // serverFirst connects to a port that says nothing of its protocol: Envoy waits
 // for the client a stated short time, then lets the server speak.
-func serverFirst(t *testing.T, client *pod) {
+func serverFirst(t *testing.T, client *sluicetest.Pod) {
 	t.Helper()
 	start := time.Now()
 	c := dialFrom(t, client, vip4+":84")
@@ -399,7 +352,7 @@ func serverFirst(t *testing.T, client *pod) {
 
 // halfClose sends size bytes and FIN; only then does the server answer, with
 // the sum of what it got.
-func halfClose(t *testing.T, client *pod, size int64) {
+func halfClose(t *testing.T, client *sluicetest.Pod, size int64) {
 	t.Helper()
 	c := dialFrom(t, client, vip4+":85")
 	sum := sha256.New()
@@ -418,7 +371,7 @@ func halfClose(t *testing.T, client *pod, size int64) {
 // TestManyConnections: no default limit of Envoy bites, and a client port that
 // is used again for the same destination does not stall.
 func TestManyConnections(t *testing.T) {
-	eachBackend(t, func(t *testing.T, backend string) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
 		_, client, server := newPair(t, backend)
 
 		t.Run("1100 at once", func(t *testing.T) {
@@ -434,7 +387,7 @@ func TestManyConnections(t *testing.T) {
 					var line string
 					if err == nil {
 						defer func() { _ = c.Close() }()
-						_ = c.SetDeadline(time.Now().Add(2 * deadline))
+						_ = c.SetDeadline(time.Now().Add(2 * sluicetest.Deadline))
 						_, _ = io.WriteString(c, "one\n")
 						line, err = bufio.NewReader(c).ReadString('\n')
 					}
@@ -452,13 +405,13 @@ func TestManyConnections(t *testing.T) {
 				})
 			}
 			opened.Wait()
-			active := client.stat(t, `^cluster\.out/e2e/server/82\.upstream_cx_active$`)
+			active := client.Stat(t, `^cluster\.out/e2e/server/82\.upstream_cx_active$`)
 			close(open)
 			wg.Wait()
 			if failed.Load() > 0 || active != count {
 				t.Errorf("%d of %d connections failed; Envoy had %d open at once, want %d", failed.Load(), count, active, count)
 			}
-			if n := server.stat(t, `overflow$`); n > 0 {
+			if n := server.Stat(t, `overflow$`); n > 0 {
 				t.Errorf("the server's Envoy counted %d overflows", n)
 			}
 		})
@@ -513,7 +466,7 @@ func shortConnection(ctx context.Context) error {
 		return err
 	}
 	defer func() { _ = c.Close() }()
-	_ = c.SetDeadline(time.Now().Add(deadline))
+	_ = c.SetDeadline(time.Now().Add(sluicetest.Deadline))
 	if _, err := io.WriteString(c, "x\n"); err != nil {
 		return err
 	}
@@ -525,7 +478,7 @@ func shortConnection(ctx context.Context) error {
 }
 
 // synRetransmits reads TCPSynRetrans of the pod's network namespace.
-func synRetransmits(t *testing.T, p *pod) int {
+func synRetransmits(t *testing.T, p *sluicetest.Pod) int {
 	t.Helper()
 	var value int
 	err := netns.Do(p.Netns, func() error {
@@ -552,7 +505,7 @@ func synRetransmits(t *testing.T, p *pod) int {
 }
 
 // grpcStream exchanges messages of many sizes over one bidirectional stream.
-func grpcStream(t *testing.T, client *pod) {
+func grpcStream(t *testing.T, client *sluicetest.Pod) {
 	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///"+vip4+":81", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, addr string) (net.Conn, error) { return client.Dial(ctx, "tcp", addr) }))
@@ -560,7 +513,7 @@ func grpcStream(t *testing.T, client *pod) {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	ctx, cancel := context.WithTimeout(t.Context(), deadline)
+	ctx, cancel := context.WithTimeout(t.Context(), sluicetest.Deadline)
 	defer cancel()
 	stream, err := grpc_testing.NewTestServiceClient(conn).FullDuplexCall(ctx, grpc.WaitForReady(true))
 	if err != nil {
@@ -586,20 +539,20 @@ func grpcStream(t *testing.T, client *pod) {
 	if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
 		t.Errorf("end of the stream: %v, want EOF with status OK", err)
 	}
-	if client.stat(t, `^cluster\.out/e2e/server/81\.upstream_cx_http2_total$`) == 0 {
+	if client.Stat(t, `^cluster\.out/e2e/server/81\.upstream_cx_http2_total$`) == 0 {
 		t.Error("the client's Envoy has no HTTP/2 connection to the gRPC port")
 	}
 }
 
-// dialFrom connects from inside the pod, with the deadline of these tests.
-func dialFrom(t *testing.T, p *pod, addr string) *net.TCPConn {
+// dialFrom connects from inside the pod, with the sluicetest.Deadline of these tests.
+func dialFrom(t *testing.T, p *sluicetest.Pod, addr string) *net.TCPConn {
 	t.Helper()
 	c, err := p.Dial(t.Context(), "tcp", addr)
 	if err != nil {
-		t.Fatalf("dial %s from pod %s: %v", addr, p.name, err)
+		t.Fatalf("dial %s from pod %s: %v", addr, p.Name, err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(2 * deadline))
+	_ = c.SetDeadline(time.Now().Add(2 * sluicetest.Deadline))
 	return c.(*net.TCPConn)
 }
 
