@@ -27,6 +27,8 @@ EPOCH     ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 # they run side by side. The others make namespaces and attach programs: one
 # after the other.
 PARALLEL  := ./cmd/... ./deploy/... ./pkg/podwatch/... ./pkg/xds/...
+# Packages whose tests have a target of their own.
+APART     := ./tests/apps
 
 ##@ Try it
 demo: build tools-demo ## Bookshop behind real Envoys, step by step (BACKEND=ebpf|iptables|auto, KEEP=1)
@@ -92,7 +94,11 @@ test-parallel: ## Only what needs no namespaces of its own: race detector on
 	set -x; $(GO) test $$race -count=1 -timeout 15m $(PARALLEL)
 
 test-serial: ## Only what makes namespaces, attaches programs, runs Envoys (root)
-	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL))")
+	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL) $(APART))")
+
+test-apps: ## Real servers and their clients, directly and through two Envoys (APPS=redis,nginx,... BACKEND=ebpf|iptables; root)
+	OPTIONAL=1 $(SETUP) envoy cni iptables iproute apps
+	APPS='$(APPS)' BACKEND='$(filter-out auto,$(BACKEND))' $(GO) test -count=1 -v -timeout 20m ./tests/apps | grep -v '^=== '
 
 e2e: ## Helm install, calls and faults under load on a real cluster: KUBECONFIG's, or one of its own (PARTS='scenarios chart rights' RUN=regexp BACKEND=ebpf|iptables KEEP=1)
 	PARTS='$(PARTS)' RUN='$(RUN)' BACKEND='$(filter-out auto,$(BACKEND))' KEEP='$(KEEP)' tests/kube/run.sh
@@ -154,4 +160,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check test test-parallel test-serial tools tools-demo
+.PHONY: FORCE bench bench-cni bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check test test-apps test-parallel test-serial tools tools-demo
