@@ -196,7 +196,8 @@ func (p *pair) through(t *testing.T, m *machine, a app, w way, direct result) ro
 		t.Errorf("%d connections through the client's Envoy, %d through the server's; want at least %d",
 			passed.clientEnvoy, passed.serverEnvoy, a.connections)
 	}
-	if passed.clientAgent != passed.clientEnvoy || passed.serverAgent != passed.serverEnvoy {
+	// A SYN that is sent again at the server counts again.
+	if passed.clientAgent != passed.clientEnvoy || passed.serverAgent < passed.serverEnvoy {
 		t.Errorf("the agent counted %d and %d redirected connections at client and server, the Envoys %d and %d",
 			passed.clientAgent, passed.serverAgent, passed.clientEnvoy, passed.serverEnvoy)
 	}
@@ -230,7 +231,7 @@ func (p *pair) count(t *testing.T, w way) counts {
 
 // taken checks by the access logs what the sidecars took the connections for,
 // and says what is worth a note. What speaks HTTP on a port that is looked at may
-// be taken for TCP if the client is slow to speak, though not as a rule.
+// be taken for TCP if the client says nothing for 100 ms, though never all of it.
 func (p *pair) taken(t *testing.T, a app, w way, passed counts) string {
 	t.Helper()
 	notes := []string{"all " + a.chain}
@@ -265,7 +266,7 @@ func (p *pair) taken(t *testing.T, a app, w way, passed counts) string {
 		}
 		switch {
 		case right == all:
-		case a.chain == "http" && !w.known && 2*right > all:
+		case a.chain == "http" && !w.known && right > 0:
 			notes[0] = "http"
 			notes = append(notes, fmt.Sprintf("%s's Envoy took %d of %d for TCP", side.name, all-right, all))
 		default:

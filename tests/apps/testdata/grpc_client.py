@@ -1,6 +1,7 @@
 """What a gRPC client does: grpc_client.py ADDRESS."""
 import concurrent.futures
 import hashlib
+import queue
 import sys
 
 import grpc
@@ -17,35 +18,33 @@ def call(kind, name, channel=channels[0]):
 # Many calls at a time on a few connections.
 with concurrent.futures.ThreadPoolExecutor(50) as pool:
     def one(i):
-        return call("unary_unary", "Unary", channels[i % 5])(b"x" * i, timeout=30) == hashlib.sha256(b"x" * i).digest()
+        return call("unary_unary", "Unary", channels[i % 5])(b"x" * i, timeout=120) == hashlib.sha256(b"x" * i).digest()
     results = list(pool.map(one, range(2000)))
     print("unary", len(results), all(results))
 
-chunks = list(call("unary_stream", "Download")(b"300 60000", timeout=30))
+chunks = list(call("unary_stream", "Download")(b"300 60000", timeout=120))
 print("download", len(chunks), all(c == bytes([i % 256]) * 60000 for i, c in enumerate(chunks)))
-print("upload", call("stream_unary", "Upload")((bytes([i % 256]) * 50000 for i in range(400)), timeout=30).decode())
+print("upload", call("stream_unary", "Upload")((bytes([i % 256]) * 50000 for i in range(400)), timeout=120).decode())
 large = bytes(range(250)) * 80000
-print("large", len(large), call("unary_unary", "Unary")(large, timeout=30) == hashlib.sha256(large).digest())
+print("large", len(large), call("unary_unary", "Unary")(large, timeout=120) == hashlib.sha256(large).digest())
 
 # Each message waits for the answer to the one before.
-answers = call("stream_stream", "Duplex")
-last, count = [], 0
+answered, count = queue.Queue(), 0
 
 
 def ping():
     for i in range(2000):
-        while len(last) < i:
-            pass
         yield b"message %d" % i
+        answered.get(timeout=120)
 
 
-for a in answers(ping(), timeout=60):
-    count += a == (b"message %d" % len(last))[::-1]
-    last.append(a)
+for answer in call("stream_stream", "Duplex")(ping(), timeout=120):
+    count += answer == (b"message %d" % count)[::-1]
+    answered.put(answer)
 print("duplex", count)
 
 try:
-    call("unary_unary", "Unary")(b"missing", timeout=30)
+    call("unary_unary", "Unary")(b"missing", timeout=120)
 except grpc.RpcError as e:
     print(e.code().name, e.details())
     print("trailer", sorted((m.key, m.value) for m in e.trailing_metadata() if m.key.startswith("x-")))
@@ -54,16 +53,16 @@ try:
 except grpc.RpcError as e:
     print(e.code().name)
 try:
-    call("unary_unary", "None")(b"", timeout=30)
+    call("unary_unary", "None")(b"", timeout=120)
 except grpc.RpcError as e:
     print(e.code().name, e.details())
 
-response, done = call("unary_unary", "Unary").with_call(b"ok", timeout=30)
+response, done = call("unary_unary", "Unary").with_call(b"ok", timeout=120)
 print("initial", sorted((m.key, m.value) for m in done.initial_metadata() if m.key == "x-initial"), done.code().name)
-print("metadata", call("unary_unary", "Metadata")(b"", timeout=30, metadata=(
+print("metadata", call("unary_unary", "Metadata")(b"", timeout=120, metadata=(
     ("x-text", "a b,c"), ("x-many", "1"), ("x-many", "2"), ("x-raw-bin", bytes(range(256))))).decode())
 
-watching = call("unary_stream", "Watch")(b"", timeout=30)
+watching = call("unary_stream", "Watch")(b"", timeout=120)
 first = next(watching)
 watching.cancel()
 print("cancelled", watching.cancelled(), first.decode())

@@ -26,7 +26,7 @@ async def main():
     for i in range(20000):
         await nc.publish("numbers", b"%d" % i)
     await nc.flush()
-    await asyncio.wait_for(done.wait(), 30)
+    await asyncio.wait_for(done.wait(), 90)
     print("received", len(got), "in order", got == list(range(20000)))
 
     # Requests are answered by one of a queue group each, many at a time.
@@ -40,7 +40,7 @@ async def main():
     for i in range(2):
         await other.subscribe("sum", queue="workers", cb=responder(i))
     await other.flush()
-    replies = await asyncio.gather(*[nc.request("sum", b"x" * i, timeout=20) for i in range(500)])
+    replies = await asyncio.gather(*[nc.request("sum", b"x" * i, timeout=90) for i in range(500)])
     good = all(r.data == hashlib.sha256(b"x" * i).digest() for i, r in enumerate(replies))
     print("replies", len(replies), "right", good, "each once", sum(served) == 500)
 
@@ -49,18 +49,18 @@ async def main():
     await other.flush()
     for _ in range(20):
         await nc.publish("large", large)
-    received = [await sub.next_msg(timeout=20) for _ in range(20)]
+    received = [await sub.next_msg(timeout=90) for _ in range(20)]
     print("large", len(large), all(m.data == large for m in received))
 
     # A stream that is kept by the server and read later.
     js = nc.jetstream()
     await js.add_stream(name="kept", subjects=["kept.>"], retention=RetentionPolicy.LIMITS)
     for start in range(0, 5000, 500):
-        acks = await asyncio.gather(*[js.publish(f"kept.{i}", b"%d" % i, timeout=20) for i in range(start, start + 500)])
+        acks = await asyncio.gather(*[js.publish(f"kept.{i}", b"%d" % i, timeout=90) for i in range(start, start + 500)])
     pull = await other.jetstream().pull_subscribe("kept.>", "reader")
     read = []
     while len(read) < 5000:
-        for m in await pull.fetch(500, timeout=20):
+        for m in await pull.fetch(500, timeout=90):
             read.append(int(m.data))
             await m.ack()
     print("jetstream", acks[-1].seq, len(read), hashlib.sha256(str(sorted(read)).encode()).hexdigest())
@@ -73,9 +73,9 @@ async def main():
     quiet = await other.subscribe("quiet")
     await other.flush()
     asyncio.get_running_loop().call_later(1.5, lambda: asyncio.ensure_future(nc.publish("quiet", b"1")))
-    print("slow", (await quiet.next_msg(timeout=20)).data.decode())
+    print("slow", (await quiet.next_msg(timeout=90)).data.decode())
     try:
-        await nc.request("nobody", b"", timeout=20)
+        await nc.request("nobody", b"", timeout=90)
     except nats.errors.NoRespondersError as e:
         print("nobody:", e)
 
