@@ -105,7 +105,7 @@ q -c 'SELECT count(*) FROM pgbench_history'
 printf "%s\n" "CREATE OR REPLACE USER app IDENTIFIED BY 'secret';" 'GRANT ALL ON *.* TO app;' 'CREATE DATABASE IF NOT EXISTS app;' >init.sql`,
 		server: `exec mariadbd --no-defaults --datadir=$PWD/data --bind-address=* --port=$PORT --socket=$PWD/sock --pid-file=$PWD/pid \
 	--init-file=$PWD/init.sql --innodb-flush-log-at-trx-commit=0 --innodb-log-file-size=4M --skip-name-resolve --max-allowed-packet=64M \
-	--max-connections=300 --ssl-cert=$TLS.crt --ssl-key=$TLS.key --ssl-ca=$TLS.crt`,
+	--max-connections=300 --connect-timeout=90 --ssl-cert=$TLS.crt --ssl-key=$TLS.key --ssl-ca=$TLS.crt`,
 		client: `
 q() { mariadb --no-defaults --protocol=tcp -h $HOST -P $PORT -u app -psecret -BN --max-allowed-packet=64M "$@" app; }
 seq 100000 | awk '{printf "%d\ttext %d\n", $1, $1 * 13}' >rows
@@ -120,7 +120,7 @@ for how in --skip-ssl "--ssl --ssl-ca=$TLS.crt --ssl-verify-server-cert" --compr
 done
 q -e 'CREATE OR REPLACE TABLE n (i int)'
 clients=
-for i in $(seq 50); do q -e "INSERT INTO n VALUES ($i); DO SLEEP(0.1); SELECT 'client', $i" >client.$i & clients="$clients $!"; done
+for i in $(seq 50); do q --skip-ssl -e "INSERT INTO n VALUES ($i); DO SLEEP(0.1); SELECT 'client', $i" >client.$i & clients="$clients $!"; done
 for c in $clients; do wait $c; done
 cat client.* | sort | sha256sum; q -e 'SELECT count(*), sum(i) FROM n'
 `,

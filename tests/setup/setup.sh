@@ -196,7 +196,7 @@ unpack() {
 # .tools/apps/have lists these.
 apps() {
 	local list=tests/apps/packages.txt reqs=tests/apps/requirements.txt dir=$tools/apps
-	local tmp line names got=() packages=()
+	local tmp line names got=() packages=() whole=$missing
 	if fresh "$dir/.stamp" "$list" "$reqs"; then
 		return 0
 	fi
@@ -249,7 +249,7 @@ apps() {
 	chmod 0755 "$tmp/new"
 	mv "$tmp/new" "$dir"
 	rm -rf "$tmp"
-	if [ "$missing" = 0 ]; then
+	if [ "$missing" = "$whole" ]; then
 		sum "$list" "$reqs" >"$dir/.stamp"
 	fi
 }
