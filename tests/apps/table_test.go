@@ -317,7 +317,7 @@ curl -sS http://$HOST:$PORT/v3/kv/range -X POST -d '{"key": "dy8y"}' | grep -o '
 	},
 	{
 		name: "http2", port: 8081, portName: "http2", chain: "http", connections: 10,
-		prepare: `mkdir -p www && seq 4000000 >www/big && echo hello >www/hello.txt`,
+		prepare: `mkdir -p www && seq 1000000 >www/big && echo hello >www/hello.txt`,
 		server:  `exec nghttpd --no-tls -n 2 -d www --trailer 'x-trailer: end' --echo-upload $PORT`,
 		client: `
 u=http://$HOST:$PORT
