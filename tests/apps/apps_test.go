@@ -196,8 +196,9 @@ func (p *pair) through(t *testing.T, m *machine, a app, w way, direct result) ro
 		t.Errorf("%d connections through the client's Envoy, %d through the server's; want at least %d",
 			passed.clientEnvoy, passed.serverEnvoy, a.connections)
 	}
-	// A SYN that is sent again at the server counts again.
-	if passed.clientAgent != passed.clientEnvoy || passed.serverAgent < passed.serverEnvoy {
+	// The agent also counts a connection that its client gives up before Envoy has
+	// looked at it, and a SYN that is sent again.
+	if passed.clientAgent < passed.clientEnvoy || passed.serverAgent < passed.serverEnvoy {
 		t.Errorf("the agent counted %d and %d redirected connections at client and server, the Envoys %d and %d",
 			passed.clientAgent, passed.serverAgent, passed.clientEnvoy, passed.serverEnvoy)
 	}

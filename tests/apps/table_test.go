@@ -342,7 +342,7 @@ i -n 128M -P 8 -R
 i -n 64M -l 1000
 i -t 2 -b 20M
 `,
-		want: []string{`^-n 256M: 268435456 sent`, `^-t 2 -b 20M: `},
+		want: []string{`^-n 256M: all sent, 1 streams, received most`, `^-t 2 -b 20M: `},
 	},
 	{
 		name: "rsync", port: 873, portName: "rsync", chain: "tcp", connections: 4,
