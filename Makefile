@@ -34,6 +34,8 @@ EPOCH     ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
 # they run side by side. The others make namespaces and attach programs: one
 # after the other.
 PARALLEL  := ./cmd/... ./deploy/... ./pkg/podwatch/... ./pkg/xds/...
+# Packages whose tests have a target of their own.
+APART     := ./tests/apps
 
 ##@ Try it
 demo: build tools-demo ## Bookshop behind real Envoys, step by step (BACKEND=ebpf|iptables|auto, KEEP=1)
@@ -99,7 +101,11 @@ test-parallel: ## Only what needs no namespaces of its own: race detector on
 	set -x; $(GO) test $$race -count=1 -timeout 15m $(PARALLEL)
 
 test-serial: ## Only what makes namespaces, attaches programs, runs Envoys (root)
-	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL))")
+	$(GO) test -count=1 -p 1 -timeout 30m $$($(GO) list ./... | grep -vxF "$$($(GO) list $(PARALLEL) $(APART))")
+
+test-apps: ## Real servers and their clients, directly and through two Envoys (APPS=redis,nginx,... BACKEND=ebpf|iptables; root)
+	OPTIONAL=1 $(SETUP) envoy cni iptables iproute apps
+	APPS='$(APPS)' BACKEND='$(filter-out auto,$(BACKEND))' $(GO) test -count=1 -v -timeout 20m ./tests/apps | grep -v '^=== '
 
 test-kernels: bin/kernels-run ## Boot the kernels that people run, try Sluice on each (KERNELS='6.1 newest' ALL=1: the whole root tier, or RUN=regexp)
 	@$(SETUP) qemu iptables $(addprefix kernel-,$(KERNELS))
@@ -184,4 +190,4 @@ help: ## This list
 	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} \
 	/^[a-z][a-z-]*:.*## / {sub(/:.*/, "", $$1); printf "  %-16s %s\n", $$1, $$2}' Makefile
 
-.PHONY: FORCE bench bench-cni bench-redirect bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-kernels test-parallel test-serial tools tools-demo verify
+.PHONY: FORCE bench bench-cni bench-redirect bench-xds build checkall clean demo demo-clean e2e fmt fuzz generate generate-check help image image-bookshop lint manifest mod-check soak test test-apps test-kernels test-parallel test-serial tools tools-demo verify

@@ -5,6 +5,7 @@
 #   cni       bridge, host-local, loopback in .tools/cni (Go)
 #   helm      Helm in .tools/bin/helm                    (Go)
 #   prometheus  prometheus and promtool in .tools/prometheus (apt, unpacked only)
+#   apps      the applications of tests/apps in .tools/apps (apt, unpacked only; pip)
 #   iptables  iptables and ip6tables                     (apt)
 #   iproute   ip                                         (apt)
 #   gcc       gcc, which the race detector needs         (apt)
@@ -176,9 +177,89 @@ prometheus() {
 	"$dir/prometheus" --version >/dev/null 2>&1 || lack "Prometheus: Debian's does not run here"
 }
 
+# unpack ARCHIVES ROOT lays packages over each other, as dpkg would but without
+# their scripts. What nothing here reads stays out.
+unpack() {
+	local dir deb
+	for dir in bin sbin lib lib64; do
+		mkdir -p "$2/usr/$dir"
+		ln -s "usr/$dir" "$2/$dir"
+	done
+	for deb in "$1"/*.deb; do
+		[ -e "$deb" ] || continue
+		dpkg-deb --fsys-tarfile "$deb" | tar -x --keep-directory-symlink -C "$2" \
+			--exclude='./usr/share/doc/*' --exclude='./usr/share/man/*' --exclude='./usr/share/locale/*' || return
+	done
+}
+
+# The applications that tests/apps runs, with whatever of their dependencies the
+# machine lacks. Nothing is installed: no service starts, no user is made. An
+# application whose packages cannot be had here is named, the others are unpacked;
+# .tools/apps/have lists these.
+apps() {
+	local list=tests/apps/packages.txt reqs=tests/apps/requirements.txt dir=$tools/apps
+	local tmp line names got=() packages=() whole=$missing
+	if fresh "$dir/.stamp" "$list" "$reqs"; then
+		return 0
+	fi
+	if ! have apt-get || ! have dpkg-deb; then
+		lack "the applications of tests/apps, which are taken from Debian's packages (apt-get)"
+		return 0
+	fi
+	say "getting the applications of $list (60 MB)"
+	tmp=$(mktemp -d)
+	mkdir -p "$tmp/archives/partial" "$tmp/new/root"
+	local get=(apt-get install -y --no-install-recommends -o Debug::NoLocking=1 -o Dir::Cache::archives="$tmp/archives")
+	while read -r line; do
+		got+=("${line%%:*}")
+		read -ra names <<<"${line#*:}"
+		packages+=("${names[@]}")
+	done < <(grep -v '^#' "$list")
+	# The package lists of a fresh machine may be absent or too old.
+	if ! "${get[@]}" --download-only "${packages[@]}" >"$tmp/log" 2>&1 </dev/null &&
+		! { apt-get update && "${get[@]}" --download-only "${packages[@]}"; } >"$tmp/log" 2>&1 </dev/null; then
+		got=() packages=()
+		while read -r line; do
+			read -ra names <<<"${line#*:}"
+			if "${get[@]}" --simulate "${names[@]}" >"$tmp/log" 2>&1 </dev/null; then
+				got+=("${line%%:*}")
+				packages+=("${names[@]}")
+			else
+				lack "${line%%:*} (packages${line#*:}): $(grep -m 1 '^E:' "$tmp/log")"
+			fi
+		done < <(grep -v '^#' "$list")
+		if [ ${#packages[@]} = 0 ] || ! "${get[@]}" --download-only "${packages[@]}" >"$tmp/log" 2>&1 </dev/null; then
+			tail -n 5 "$tmp/log" >&2
+			rm -rf "$tmp"
+			lack "the applications of tests/apps: their packages could not be downloaded (see above)"
+			return 0
+		fi
+	fi
+	if ! unpack "$tmp/archives" "$tmp/new/root"; then
+		rm -rf "$tmp"
+		lack "the applications of tests/apps: their packages could not be unpacked (see above)"
+		return 0
+	fi
+	if ! python3 -m pip install --quiet --no-deps --only-binary=:all: --require-hashes --no-compile --root-user-action=ignore \
+		--disable-pip-version-check --target "$tmp/new/root/usr/lib/python3/dist-packages" -r "$reqs"; then
+		lack "nats (a client from PyPI): it could not be downloaded (see above)"
+		mapfile -t got < <(printf '%s\n' "${got[@]}" | grep -vx nats)
+	fi
+	printf '%s\n' "${got[@]}" >"$tmp/new/have"
+	mkdir -p "$tools"
+	rm -rf "$dir"
+	chmod 0755 "$tmp/new"
+	mv "$tmp/new" "$dir"
+	rm -rf "$tmp"
+	if [ "$missing" = "$whole" ]; then
+		sum "$list" "$reqs" >"$dir/.stamp"
+	fi
+}
+
 for what in "$@"; do
 	case $what in
 	envoy) envoy ;;
+	apps) apps ;;
 	cni) cni ;;
 	helm) helm ;;
 	prometheus) prometheus ;;

@@ -56,7 +56,7 @@ func (t *Translator) prepareHTTP() error {
 		UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
 			UseDownstreamProtocolConfig: &httpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
 				HttpProtocolOptions:  t.http1Options(""),
-				Http2ProtocolOptions: http2Options(),
+				Http2ProtocolOptions: http2Options(upstreamStreams),
 			},
 		},
 	})
@@ -68,7 +68,7 @@ func (t *Translator) prepareHTTP() error {
 		UpstreamProtocolOptions: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_{
 			ExplicitHttpConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig{
 				ProtocolConfig: &httpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{
-					Http2ProtocolOptions: http2Options(),
+					Http2ProtocolOptions: http2Options(upstreamStreams),
 				},
 			},
 		},
@@ -98,9 +98,15 @@ func (t *Translator) http1Options(host string) *corev3.Http1ProtocolOptions {
 	}
 }
 
-func http2Options() *corev3.Http2ProtocolOptions {
+// upstreamStreams bounds the streams of one connection to a server. Envoy opens
+// streams before it has read how many the server allows, and what is too many is
+// refused. That limit should not be below 100 (RFC 9113, 6.5.2), so up to here
+// nothing is; what goes beyond gets another connection.
+const upstreamStreams = 100
+
+func http2Options(streams uint32) *corev3.Http2ProtocolOptions {
 	return &corev3.Http2ProtocolOptions{
-		MaxConcurrentStreams: u32(math.MaxInt32),
+		MaxConcurrentStreams: u32(streams),
 		AllowConnect:         true, // WebSocket over HTTP/2, RFC 8441
 		// A bad request ends its stream, not the connection with all others.
 		OverrideStreamErrorOnInvalidHttpMessage: wrapperspb.Bool(true),
@@ -111,7 +117,6 @@ func http2Options() *corev3.Http2ProtocolOptions {
 // and nothing is added that the application could see, so far as Envoy allows.
 func (t *Translator) hcm(direction corev3.TrafficDirection, host string) *hcmv3.HttpConnectionManager {
 	prefix := statPrefix(direction)
-	http2 := http2Options()
 	return &hcmv3.HttpConnectionManager{
 		CodecType:         hcmv3.HttpConnectionManager_AUTO,
 		StatPrefix:        prefix,
@@ -124,7 +129,7 @@ func (t *Translator) hcm(direction corev3.TrafficDirection, host string) *hcmv3.
 		},
 		MaxRequestHeadersKb:        u32(maxHeadersKB),
 		HttpProtocolOptions:        t.http1Options(host),
-		Http2ProtocolOptions:       http2,
+		Http2ProtocolOptions:       http2Options(math.MaxInt32),
 		UseRemoteAddress:           wrapperspb.Bool(false),
 		SkipXffAppend:              true,
 		GenerateRequestId:          wrapperspb.Bool(false),

@@ -85,7 +85,9 @@ func (t *Translator) inboundResources(out *list, p xds.Pod, port xds.InboundPort
 
 // inboundRoutes lead every request to the application. A connection that the
 // application closed while idle is noticed before a request is sent on it, or
-// the request is sent again on another if it was not.
+// the request is sent again on another if it was not. So is a stream that the
+// application refused: its limit may be below upstreamStreams, which Envoy learns
+// only once a connection is there.
 func inboundRoutes(cluster string) *routev3.RouteConfiguration {
 	return &routev3.RouteConfiguration{
 		Name: cluster,
@@ -100,7 +102,7 @@ func inboundRoutes(cluster string) *routev3.RouteConfiguration {
 					Timeout:          never(),
 					RetryPolicy: &routev3.RetryPolicy{
 						RetryOn:      "refused-stream,reset-before-request",
-						NumRetries:   u32(1),
+						NumRetries:   u32(3),
 						RetryBackOff: backOff(),
 					},
 				}},

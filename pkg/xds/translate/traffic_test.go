@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -179,7 +180,8 @@ func (e *env) serve(t *testing.T, port uint16, h http.HandlerFunc) {
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
-	srv := &http.Server{Handler: h, Protocols: &p, MaxHeaderBytes: 8 << 20}
+	// No server should allow less than 100 streams.
+	srv := &http.Server{Handler: h, Protocols: &p, MaxHeaderBytes: 8 << 20, HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 100}}
 	l := e.listen(t, port)
 	done := make(chan struct{})
 	go func() {
@@ -287,7 +289,13 @@ func TestTraffic(t *testing.T) {
 		}
 		_, _ = io.WriteString(w, r.Proto)
 	})
-	e.serve(t, portHTTP2, func(w http.ResponseWriter, r *http.Request) { _, _ = io.WriteString(w, r.Proto) })
+	var together barrier
+	e.serve(t, portHTTP2, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/together" {
+			together.wait(r.Context())
+		}
+		_, _ = io.WriteString(w, r.Proto)
+	})
 	e.serveTCP(t, portFirst, func(c net.Conn) {
 		_, _ = io.WriteString(c, "220 welcome\r\n")
 		_, _ = io.Copy(c, c)
@@ -302,6 +310,33 @@ func TestTraffic(t *testing.T) {
 	for family, name := range []string{"v4", "v6"} {
 		t.Run(name, func(t *testing.T) { e.traffic(t, family) })
 	}
+	t.Run("many streams", func(t *testing.T) { // more than the server takes on one connection
+		const streams = 1000
+		together.want(streams)
+		c := e.client(t, true)
+		var wg sync.WaitGroup
+		var served, refused atomic.Int64
+		for range streams {
+			wg.Go(func() {
+				resp, err := c.Get("http://" + e.vip(0, portHTTP2) + "/together")
+				if err != nil {
+					t.Errorf("stream: %v", err)
+					return
+				}
+				_ = resp.Body.Close()
+				if resp.StatusCode == http.StatusOK {
+					served.Add(1)
+				} else {
+					refused.Add(1)
+					together.arrive() // or the others would wait for it
+				}
+			})
+		}
+		wg.Wait()
+		if served.Load() != streams {
+			t.Errorf("%d of %d streams at once were served, %d refused", served.Load(), streams, refused.Load())
+		}
+	})
 	t.Run("routes", e.routes)
 	t.Run("leaving endpoints", func(t *testing.T) {
 		c := e.client(t, false)
@@ -406,6 +441,31 @@ func TestTraffic(t *testing.T) {
 			t.Errorf("%d connections passed through Envoy, want 2", n)
 		}
 	})
+}
+
+// A barrier holds requests back until as many as wanted are there.
+type barrier struct {
+	left atomic.Int64
+	full chan struct{}
+}
+
+func (b *barrier) want(n int64) {
+	b.full = make(chan struct{})
+	b.left.Store(n)
+}
+
+func (b *barrier) arrive() {
+	if b.left.Add(-1) == 0 {
+		close(b.full)
+	}
+}
+
+func (b *barrier) wait(ctx context.Context) {
+	b.arrive()
+	select {
+	case <-b.full:
+	case <-ctx.Done():
+	}
 }
 
 func (e *env) traffic(t *testing.T, family int) {
