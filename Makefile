@@ -76,7 +76,7 @@ image-bookshop: IMAGE = sluicemesh/bookshop:e2e
 
 manifest: ## Renew deploy/manifests/sluice.yaml: the chart with its defaults, for kubectl
 	@$(SETUP) helm
-	$(GO) test -count=1 -run '^TestManifest$$' ./tests/chart -update
+	$(GO) test -count=1 -run '^Test(Manifest|Readme)$$' ./tests/chart -update
 
 tools: ## Envoy and the CNI plugins into .tools/, iptables and ip from apt where they lack
 	$(SETUP) envoy cni iptables iproute

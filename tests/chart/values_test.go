@@ -19,6 +19,7 @@ var changes = map[string]string{
 	"image.pullPolicy":              `"Always"`,
 	"imagePullSecrets":              `[{"name":"login"}]`,
 	"backend":                       `"iptables"`,
+	"accelerate":                    `"auto"`,
 	"outboundPolicy":                `"block"`,
 	"excludeNamespaces":             `["legacy"]`,
 	"logLevel":                      `"debug"`,

@@ -139,7 +139,7 @@ func newFrom(o Options, object func() (*ebpf.CollectionSpec, error)) (*Redirecto
 		return nil, err
 	}
 	r := &Redirector{dir: o.PinDir, cgroup: o.Cgroup, log: o.Log}
-	for _, dir := range []string{r.dir, r.mapDir(), r.hookDir(), r.podsDir()} {
+	for _, dir := range []string{r.dir, r.mapDir(), r.hookDir(), r.podsDir(), filepath.Join(r.dir, twReuseDir)} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, fmt.Errorf("make pin directory: %w", err)
 		}
