@@ -21,10 +21,16 @@ import (
 	"github.com/sluicemesh/sluice/tests/kernels/wire"
 )
 
+// oneThread has qemu emulate all processors in one thread. With a thread for each,
+// one of them may still run the breakpoint that the kernel put into its own code
+// while another has taken it out again ("Oops: int3" of 6.12 in __dev_queue_xmit,
+// seen here), or be stuck (6.1, in ksoftirqd).
+const oneThread = "tcg,thread=single"
+
 // A machine is one that qemu emulates: no disk, no network, an initramfs.
 type machine struct {
 	qemu string
-	// accel is qemu's: tcg, which needs nothing of this machine, or kvm.
+	// accel is qemu's: oneThread, which needs nothing of this machine, or kvm.
 	accel     string
 	image     string
 	initramfs string

@@ -53,7 +53,7 @@ func parseSettings(args []string) (settings, error) {
 	flags.BoolVar(&s.all, "all", false, "run the whole root tier, not the short form")
 	flags.StringVar(&s.match, "run", "", "run these tests of the whole root tier, as go test -run")
 	flags.BoolVar(&s.update, "update", false, "renew instructions.txt")
-	flags.StringVar(&s.accel, "accel", "tcg", "qemu's accelerator: tcg or kvm")
+	flags.StringVar(&s.accel, "accel", oneThread, "qemu's accelerator: "+oneThread+" or kvm")
 	flags.IntVar(&s.machines, "machines", max(1, runtime.NumCPU()), "machines at a time")
 	if err := flags.Parse(args); err != nil {
 		return s, err

@@ -9,6 +9,10 @@ import grpc
 options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1),
            ("grpc.use_local_subchannel_pool", 1)]
 channels = [grpc.insecure_channel(sys.argv[1], options=options) for _ in range(5)]
+for c in channels:
+    # 1.51 was seen to give up a connection with "No such file or directory", which is no
+    # error of connect: it is to try again.
+    grpc.channel_ready_future(c).result(timeout=120)
 
 
 def call(kind, name, channel=channels[0]):
