@@ -398,14 +398,18 @@ func (s *suite) bursts(t *testing.T) {
 			began := time.Now()
 			s.kubectl(t, "", "-n", "sluice-e2e-burst", "scale", "deployment/burst", "--replicas=100")
 			s.eventually(t, 4*time.Minute, "100 pods are there", func() error {
-				var d struct{ Status struct{ ReadyReplicas int } }
-				if err := s.get("/apis/apps/v1/namespaces/sluice-e2e-burst/deployments/burst", &d); err != nil {
-					return err
+				// The Deployment's status may still be that of the burst before.
+				pods, err := s.listPods("sluice-e2e-burst", "")
+				ready := 0
+				for _, p := range pods {
+					if podReady(&p) && p.DeletionTimestamp == nil {
+						ready++
+					}
 				}
-				if d.Status.ReadyReplicas != 100 {
-					return fmt.Errorf("%d are", d.Status.ReadyReplicas)
+				if err == nil && ready != 100 {
+					err = fmt.Errorf("%d are", ready)
 				}
-				return nil
+				return err
 			})
 			up := time.Since(began)
 			if i == 0 {
