@@ -24,11 +24,18 @@ const (
 )
 
 // twReuseMarks are where what was set before is remembered, by the directory's
-// name, which is all that a bpffs can keep: <netns inode>_<value>.
-func twReuseMarks(dir string, inode uint64) ([]string, error) {
-	marks, err := filepath.Glob(filepath.Join(dir, twReuseDir, fmt.Sprintf("%d_*", inode)))
-	if err != nil {
-		return nil, fmt.Errorf("look for value of %s before: %w", twReuse, err)
+// name, which is all that a bpffs can keep: <netns inode>_<value>. Looked for are
+// the values that the kernel takes beside ours, not listed are the marks of all
+// pods: each ADD does this.
+func twReuseMarks(dir string, inode uint64) (marks []string, err error) {
+	for _, value := range []string{"0", "2"} {
+		mark := filepath.Join(dir, twReuseDir, fmt.Sprintf("%d_%s", inode, value))
+		switch _, err := os.Lstat(mark); {
+		case err == nil:
+			marks = append(marks, mark)
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil, fmt.Errorf("look for value of %s before: %w", twReuse, err)
+		}
 	}
 	return marks, nil
 }
