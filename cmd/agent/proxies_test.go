@@ -349,6 +349,8 @@ func TestHostileText(t *testing.T) {
 		"label name":             {head + `envoy_server_live{0a="1"} 1` + "\n", ""},
 		"no value":               {head + `envoy_server_live{}` + "\n", ""},
 		"word":                   {head + `envoy_server_live{} one` + "\n", ""},
+		"bucket of no number":    {"# TYPE envoy_http_downstream_rq_time histogram\nenvoy_http_downstream_rq_time_bucket{le=\"\"} 1\n", ""},
+		"quantile of no number":  {"# TYPE envoy_x summary\nenvoy_x{quantile=\"0x1\"} 1\n", ""},
 		"hexadecimal":            {head + `envoy_server_live{} 0x10` + "\n", ""},
 		"time":                   {head + `envoy_server_live{} 1 1700000000000` + "\n", ""},
 		"exemplar":               {head + `envoy_server_live{} 1 # {a="b"} 1` + "\n", ""},
@@ -392,6 +394,7 @@ func FuzzProxyText(f *testing.F) {
 	f.Add([]byte(goodText), false)
 	f.Add([]byte("# TYPE envoy_a histogram\nenvoy_a_bucket{le=\"1\"} 1\nenvoy_a_sum 1\n# TYPE envoy_a_sum counter\nenvoy_a_sum 2\n"), true)
 	f.Add([]byte("# TYPE envoy_a summary\nenvoy_a{quantile=\"1\"} 1\nenvoy_a_count 1\n"), true)
+	f.Add([]byte("# TYPE envoy_a histogram\nenvoy_a_bucket{le=\"\"} 1\n"), true)
 	f.Add([]byte("# TYPE envoy_server_live gauge\nenvoy_server_live{a=\"\\\"\\n\"} -Inf\n"), false)
 	f.Fuzz(func(t *testing.T, text []byte, all bool) {
 		choice := chooseProxies(proxyQuery{all: all})

@@ -129,8 +129,14 @@ func (p *proxyParser) line(line []byte) (int, error) {
 		return 0, errors.New("no value")
 	}
 	// Neither a time nor an exemplar follows: Envoy sends none.
-	if _, err := strconv.ParseFloat(string(value), 64); err != nil || bytes.ContainsAny(value, "xX_") {
+	if !isNumber(value) {
 		return 0, fmt.Errorf("value %.100q is no number", value)
+	}
+	for _, l := range p.labels {
+		// Parsers read these two as numbers, and refuse the whole scrape for one that is none.
+		if string(l.name) == boundLabels[p.kinds[p.family]] && !isNumber(l.value) {
+			return 0, fmt.Errorf("label %s: %.100q is no number", l.name, l.value)
+		}
 	}
 	if !p.wanted || !p.choice.concerns(p.labels) || p.again(name) {
 		return 0, nil
@@ -186,6 +192,16 @@ func (p *proxyParser) comment(line []byte) error {
 	// Other names could pass for metrics of the agent.
 	p.wanted = strings.HasPrefix(family, "envoy_") && p.choice.wants(family, kind)
 	return nil
+}
+
+// boundLabels names the label that says which bucket or quantile a sample of a
+// family of that type is.
+var boundLabels = map[string]string{"histogram": "le", "summary": "quantile"}
+
+// isNumber says whether b is a number as the text format has them.
+func isNumber(b []byte) bool {
+	_, err := strconv.ParseFloat(string(b), 64)
+	return err == nil && !bytes.ContainsAny(b, "xX_")
 }
 
 // belongs says whether a sample of that name is of the family above it.
