@@ -151,7 +151,7 @@ bench-redirect: PODS = 50,200
 bench-redirect: PARTS = all,pods,open,short,programs
 bench-redirect: ## What redirection costs: direct, Envoys by hand, iptables, eBPF (ROUNDS=20 SCALE=0.5 PODS=50,200 OPEN=10000 SHORT=50000 PARTS=all,pods,open,short,programs MODES= LIMIT=10m)
 	$(SETUP) envoy iptables iproute
-	$(GO) test -count=1 -v -timeout 180m -run Redirect ./tests/redirectbench -rounds $(ROUNDS) -scale $(SCALE) -pods $(PODS) -open $(OPEN) -short $(SHORT) -parts $(PARTS) -modes '$(MODES)' -limit $(LIMIT)
+	$(GO) test -count=1 -v -timeout 180m -run Redirect ./tests/redirectbench -rounds $(ROUNDS) -scale $(SCALE) -pods $(PODS) -open $(OPEN) -short-connections $(SHORT) -parts $(PARTS) -modes '$(MODES)' -limit $(LIMIT)
 
 lint: .tools/bin/golangci-lint-$(GOLANGCI) ## golangci-lint, pinned, built by the Go toolchain
 	$< run ./...

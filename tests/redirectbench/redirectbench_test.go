@@ -32,7 +32,7 @@ var (
 	scale   = flag.Float64("scale", 0.01, "what is done in a turn, of the usual counts")
 	pods    = flag.String("pods", "3", "numbers of redirected pods on the node, rising, separated by commas")
 	open    = flag.Int("open", 20, "connections that are open besides, in one part")
-	short   = flag.Int("short", 200, "short connections that SYNs sent again are looked for in")
+	short   = flag.Int("short-connections", 200, "short connections that SYNs sent again are looked for in")
 	only    = flag.String("modes", "", "modes to measure, separated by commas; empty: all")
 	parts   = flag.String("parts", "all,pods,open,short,programs", "what to measure, separated by commas")
 )
@@ -49,6 +49,8 @@ func TestRedirect(t *testing.T) {
 		switch part {
 		case "all":
 			n.turns(t, "2 pods", chosen(false), all)
+		case "connect": // the finest of the goals: many connections, and nothing else
+			n.turns(t, "2 pods, connections alone", chosen(false), all[:1])
 		case "pods":
 			for number := range strings.SplitSeq(*pods, ",") {
 				count, err := strconv.Atoi(number)
