@@ -24,6 +24,16 @@ func accelChecks(a redirect.Accelerator, node redirect.Accelerate) (checks []che
 	return checks
 }
 
+// acceleratedIn are the places in which a pod with that setting is accelerated.
+func acceleratedIn(a redirect.Accelerator, node, pod redirect.Accelerate) (places []redirect.Place) {
+	for _, p := range a.Accelerations() {
+		if p.In(node, pod) {
+			places = append(places, p.Place)
+		}
+	}
+	return places
+}
+
 // accelMetrics are the metrics of acceleration.
 type accelMetrics struct {
 	of           redirect.Accelerator

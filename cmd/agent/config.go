@@ -15,6 +15,9 @@ import (
 // sourceKubernetes is the --source that reads from the API server.
 const sourceKubernetes = "kubernetes"
 
+// defaultHTTPAddr is --http-addr where nothing else is said.
+const defaultHTTPAddr = ":15090"
+
 // A config is the command line of `sluice-agent run`, checked.
 type config struct {
 	sourceDir         string // empty: from Kubernetes
@@ -116,7 +119,7 @@ func parseConfig(e env, args []string) (config, error) {
 	fs.StringVar((*string)(&c.accelerate), "accelerate", string(redirect.AccelerateOff), "`setting` for connections between sidecars of this node: auto (where it is right and faster), on (where it is right, else the agent does not start) or off")
 	fs.StringVar(&outbound, "outbound-policy", string(xds.OutboundPassthrough), "what becomes of connections to unknown destinations: passthrough or block")
 	fs.StringVar(&exclude, "exclude-namespaces", "kube-system", "comma-separated `namespaces` that are never redirected")
-	fs.StringVar(&c.httpAddr, "http-addr", ":15090", "`address` of /healthz, /readyz and /metrics")
+	fs.StringVar(&c.httpAddr, "http-addr", defaultHTTPAddr, "`address` of /healthz, /readyz, /status and /metrics")
 	proc := registerProc(fs)
 	fs.StringVar(&c.cni.plugin, "cni-plugin", "", "`file` of the CNI plugin that is installed; empty: sluice-cni beside sluice-agent")
 	c.cni.register(fs)

@@ -26,13 +26,29 @@ type check struct {
 	problem bool   // detail is what is wrong with one object, which makes the node no less ready
 }
 
-// serveHTTP serves /healthz, /readyz, /metrics and /metrics/proxies on addr until ctx ends.
-func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(context.Context) error, ready func() []check, metrics prometheus.Gatherer, proxies http.Handler) error {
+// line is what a reader sees: see writeChecks.
+func (c check) line() (mark, text string) {
+	mark, text = "+", "ok"
+	if c.err != nil {
+		mark, text = "-", inOneLine(c.err.Error())
+	}
+	if c.detail != "" {
+		text += " (" + c.detail + ")"
+	}
+	if c.problem {
+		mark, text = "!", c.detail
+	}
+	return mark, text
+}
+
+// serveHTTP serves /healthz, /readyz, /status, /metrics and /metrics/proxies on addr until ctx ends.
+func serveHTTP(ctx context.Context, log *slog.Logger, addr string, alive func(context.Context) error, ready func() []check, status http.Handler, metrics prometheus.Gatherer, proxies http.Handler) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) {
 		writeChecks(w, []check{{name: "loop", err: alive(r.Context())}})
 	})
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) { writeChecks(w, ready()) })
+	mux.Handle("GET /status", status)
 	mux.Handle("GET /metrics", promhttp.HandlerFor(metrics, promhttp.HandlerOpts{
 		ErrorLog:      slog.NewLogLogger(log.Handler(), slog.LevelError),
 		ErrorHandling: promhttp.ContinueOnError, // one collector that fails hides no other
@@ -73,16 +89,10 @@ func writeChecks(w http.ResponseWriter, checks []check) {
 	var b strings.Builder
 	code := http.StatusOK
 	for _, c := range checks {
-		mark, text := "+", "ok"
 		if c.err != nil {
-			mark, text, code = "-", inOneLine(c.err.Error()), http.StatusServiceUnavailable
+			code = http.StatusServiceUnavailable
 		}
-		if c.detail != "" {
-			text += " (" + c.detail + ")"
-		}
-		if c.problem {
-			mark, text = "!", c.detail
-		}
+		mark, text := c.line()
 		fmt.Fprintf(&b, "[%s]%s %s\n", mark, c.name, text)
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")

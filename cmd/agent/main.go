@@ -33,6 +33,7 @@ func commands() []command {
 		{"run", "redirect this node's pods and serve their sidecars", runAgent},
 		{"uninstall", "remove everything that agents put into this node's kernel", runUninstall},
 		{"probe", "tell which redirection backends this node can have, and why not", runProbe},
+		{"status", "tell how the agent of this node and its pods are", runStatus},
 		{"inject", "add the sidecar to Kubernetes YAML", runInject},
 		{"bootstrap", "print the Envoy bootstrap that all sidecars share", runBootstrap},
 		{"paircheck", "for the agent itself: try connections of its own namespace", runPairCheck},

@@ -159,12 +159,18 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 		return append(a.checks(backend, reason, from, installer), accelChecks(chosen, c.accelerate)...)
 	}
 
+	status := a.statusHandler(c.node, checks, func(pod redirect.Accelerate) []redirect.Place {
+		return acceleratedIn(chosen, c.accelerate, pod)
+	})
+
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return from.run(ctx) })
 	g.Go(func() error { return sidecars.Run(ctx) })
 	g.Go(func() error { return a.Run(ctx) })
 	g.Go(func() error { return plugin.Run(ctx) })
-	g.Go(func() error { return serveHTTP(ctx, log, c.httpAddr, a.alive, checks, registry, newProxies(a.targets)) })
+	g.Go(func() error {
+		return serveHTTP(ctx, log, c.httpAddr, a.alive, checks, status, registry, newProxies(a.targets))
+	})
 	if from.reporter != nil {
 		g.Go(func() error { return from.reporter.Run(ctx) })
 	}

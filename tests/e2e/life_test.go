@@ -232,6 +232,10 @@ func TestPolicyChangesLive(t *testing.T) {
 		if !captured() {
 			t.Fatal("a connection was not captured before the policy changed")
 		}
+		status := fmt.Sprintf(`"name":"client","uid":"uid-client","redirected":true,"backend":"%s","sidecar":"synced"`, backend)
+		if _, body, err := n.Get("/status"); err != nil || !strings.Contains(body, status) {
+			t.Errorf("/status lacks %s: %v\n%s", status, err, body)
+		}
 		for _, step := range []struct {
 			annotations string
 			want        bool

@@ -307,16 +307,18 @@ func (n *node) explain() {
 			self = rel
 		}
 	}
-	client := filepath.Dir(self) + "/bookshop client -n 100"
 	n.out.heading("Everything is left running")
-	n.out.line(`A command inside a pod:           %[1]s exec client %[2]s
+	binDir := filepath.Dir(self)
+	client := binDir + "/bookshop client -n 100"
+	n.out.line(`How the agent and its pods are:   ip netns exec %[4]s %[8]s/sluice-agent status --http-addr %[5]s
+A command inside a pod:           %[1]s exec client %[2]s
                                   %[1]s exec client ip addr
 Envoy's admin interface:          %[1]s exec --uid=%[3]d reviews-v1 curl -s localhost:15000/clusters
-The agent's metrics and state:    ip netns exec %[4]s curl -s %[5]s/metrics   (or /readyz)
+The agent's metrics:              ip netns exec %[4]s curl -s %[5]s/metrics
 Pods and services, read live:     %[6]s
 Logs of all programs:             %[7]s/log
 To end it:                        make demo-clean`,
-		self, client, proxyUID, nodeName, agentAddr, manifestDir, stateDir)
+		self, client, proxyUID, nodeName, agentAddr, manifestDir, stateDir, binDir)
 }
 
 // fetch returns the body that url answers.
