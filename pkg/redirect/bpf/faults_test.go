@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,9 +23,7 @@ import (
 // says where and what helps; with nothing pinned another backend may do instead.
 func TestReadOnly(t *testing.T) {
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
+	pod, peer := newPair(t)
 	dir := filepath.Dir(o.PinDir)
 	if err := provideBPFFS(dir, false); err != nil {
 		t.Fatal(err)
@@ -57,7 +54,7 @@ func TestReadOnly(t *testing.T) {
 	readOnly(unix.MS_RDONLY)
 	_, err = New(o)
 	wantHelp(err, false)
-	wantName(t, pod.Namespace, netip.AddrPortFrom(peer.Addr4, 80), "proxy")
+	wantName(t, pod.Namespace, app(peer), "proxy")
 	if err := r.Add(t.Context(), workload(t, peer)); !errors.Is(err, unix.EROFS) {
 		t.Errorf("Add of another pod: %v, want EROFS", err)
 	}
@@ -97,10 +94,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 	o := newOptions(t)
 	o.Cgroup = netnstest.NewCgroup(t)
 	pods := filepath.Join(o.Cgroup, "kubepods")
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
-	peer.Serve(t, netip.AddrPortFrom(peer.Addr4, 80), "peer")
+	pod, peer := newPair(t)
 	if err := os.MkdirAll(filepath.Join(pods, "pod1"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -128,14 +122,14 @@ func TestCgroupMadeAnew(t *testing.T) {
 		if list, err := r.List(t.Context()); err != nil || len(list) != 1 || list[0].Problem != nil {
 			t.Errorf("%s made anew: after Add: %v, %v", at, list, err)
 		}
-		app := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
-		if got, err := app.Ask(netip.AddrPortFrom(peer.Addr4, 80)); err != nil || got != "proxy" {
+		client := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
+		if got, err := client.Ask(app(peer)); err != nil || got != "proxy" {
 			t.Errorf("%s made anew: %q answers, %v; want the proxy", at, got, err)
 		}
-		if got, err := other.Ask(netip.AddrPortFrom(peer.Addr4, 80)); err != nil || got != "peer" {
+		if got, err := other.Ask(app(peer)); err != nil || got != "peer" {
 			t.Errorf("%s made anew: another pod reaches %q: %v", at, got, err)
 		}
-		app.Kill()
+		client.Kill()
 	}
 }
 
@@ -143,11 +137,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 // names it, Add mends it once the interface is there.
 func TestInterfaceChanges(t *testing.T) {
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
-	pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
-	to := netip.AddrPortFrom(pod.Addr4, 80)
+	pod, peer := newPair(t)
 	r := open(t, o)
 	defer func() { _ = r.Close() }()
 	w := workload(t, pod)
@@ -192,16 +182,16 @@ func TestInterfaceChanges(t *testing.T) {
 		})
 	}
 	rename("net7")
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	wantProblem("renamed", "find interface eth0")
 	if err := r.Add(t.Context(), w); err == nil || !strings.Contains(err.Error(), "find interface eth0") {
 		t.Errorf("Add without the interface: %v", err)
 	}
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	renamed := w
 	renamed.Interfaces = []string{"net7"}
 	mustAdd(t, r, renamed)
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	rename("eth0")
 	mustAdd(t, r, w)
 
@@ -228,8 +218,8 @@ func TestInterfaceChanges(t *testing.T) {
 	})
 	wantProblem("replaced", "made anew")
 	mustAdd(t, r, w)
-	wantName(t, peer.Namespace, to, "proxy")
-	wantName(t, pod.Namespace, netip.AddrPortFrom(peer.Addr4, 80), "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
+	wantName(t, pod.Namespace, app(peer), "proxy")
 	if list, err := r.List(t.Context()); err != nil || len(list) != 1 || list[0].Problem != nil {
 		t.Errorf("after Add List() = %v, %v", list, err)
 	}
