@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -84,6 +85,134 @@ func TestMemlock(t *testing.T) {
 	cmd.Env = append(os.Environ(), env+"=1")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("without any memory that may be locked: %v\n%s", err, out)
+	}
+}
+
+// TestNoMemoryForSocket: a socket that may hold no more memory cannot remember where
+// it was to go. Its connect is refused and counted, and does not get past the proxy.
+func TestNoMemoryForSocket(t *testing.T) {
+	o := newOptions(t)
+	pod, peer := newPair(t)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	mustAdd(t, r, workload(t, pod))
+
+	const limit = "net/core/optmem_max"
+	var before []byte
+	err := pod.Do(func() (err error) {
+		before, err = os.ReadFile(filepath.Join("/proc/sys", limit))
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		t.Log("this kernel (before 6.8) has one limit for the whole machine")
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod.Sysctl(t, limit, "1")
+	c, err := pod.Dial(t.Context(), "tcp", app(peer).String())
+	if err == nil {
+		_ = c.Close()
+	}
+	if !errors.Is(err, unix.EPERM) {
+		t.Errorf("connect without memory: %v, want EPERM", err)
+	}
+	if n := counted(t, r, redirect.Outbound, denied, "no_memory"); n != 1 {
+		t.Errorf("%d connections are counted as denied for want of memory, want 1", n)
+	}
+	pod.Sysctl(t, limit, string(before))
+	wantName(t, pod.Namespace, app(peer), "proxy")
+}
+
+// TestNoMemoryForMaps: an agent whose cgroup has too little memory left for the maps
+// does not start and names the map. It attaches nothing, falls back to nothing, and
+// does not stand in the way of the next.
+func TestNoMemoryForMaps(t *testing.T) {
+	if c, pins := agentsCgroup(); pins != "" {
+		c.Enter(t)
+		c.Leave(t, 64<<20) // enough for all else, so that the kernel ends no process
+		_, err := newFrom(Options{PinDir: pins}, build(t, func(s *ebpf.CollectionSpec) { s.Maps[redirectMapHandover].MaxEntries = 1 << 24 }))
+		if !errors.Is(err, unix.ENOMEM) || errors.Is(err, redirect.ErrNotSupported) || !strings.Contains(err.Error(), "map "+redirectMapHandover) {
+			t.Errorf("New: %v; want an error that names the map, and no fallback", err)
+		}
+		return
+	}
+	o := newOptions(t)
+	pod, peer := newPair(t)
+	inAgentsCgroup(t, netnstest.NewMemoryCgroup(t), o)
+	for _, dir := range []string{"links", "pods"} {
+		if pins, err := os.ReadDir(filepath.Join(o.PinDir, dir)); len(pins) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("in %s are %v, %v; want nothing", dir, pins, err)
+		}
+	}
+	wantName(t, pod.Namespace, app(peer), "peer")
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	mustAdd(t, r, workload(t, pod))
+	wantName(t, pod.Namespace, app(peer), "proxy")
+}
+
+// TestNoMemoryForEntries: the kernel counts entries of maps to the cgroup of the agent
+// that made them. When that has no memory left a policy cannot be changed, and the one
+// in force stays; connections go on.
+func TestNoMemoryForEntries(t *testing.T) {
+	if c, pins := agentsCgroup(); pins != "" {
+		c.Enter(t)
+		if err := open(t, Options{PinDir: pins}).Close(); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	o := newOptions(t)
+	pod, peer := newPair(t)
+	c := netnstest.NewMemoryCgroup(t)
+	inAgentsCgroup(t, c, o)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	w := workload(t, pod)
+	mustAdd(t, r, w)
+	large := w
+	for port := range 60000 {
+		large.Policy.Outbound.ExcludePorts.List = append(large.Policy.Outbound.ExcludePorts.List, uint16(port+1))
+	}
+	c.Leave(t, 0)
+	for range 2 {
+		if err := r.Add(t.Context(), large); !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), redirectMapPorts) {
+			t.Errorf("Add: %v; want an error that names the map", err)
+		}
+		if list, err := r.List(t.Context()); err != nil || len(list) != 1 || !list[0].Whole(w) {
+			t.Errorf("List() = %v, %v; want the pod as it was", list, err)
+		}
+		for range 100 {
+			wantName(t, pod.Namespace, app(peer), "proxy")
+			wantName(t, peer.Namespace, app(pod), "proxy")
+		}
+	}
+	c.Leave(t, 1<<30)
+	mustAdd(t, r, large)
+	wantName(t, pod.Namespace, app(peer), "peer")
+}
+
+// What an agent in a cgroup of its own does is done by the test's program once more.
+const (
+	envAgentsCgroup = "SLUICE_TEST_CGROUP"
+	envAgentsPins   = "SLUICE_TEST_PINS"
+)
+
+// agentsCgroup returns what inAgentsCgroup was called with if this is the process
+// that it has started.
+func agentsCgroup() (c netnstest.MemoryCgroup, pins string) {
+	return netnstest.MemoryCgroup(os.Getenv(envAgentsCgroup)), os.Getenv(envAgentsPins)
+}
+
+// inAgentsCgroup runs the same test in another process, which is to enter c.
+func inAgentsCgroup(t *testing.T, c netnstest.MemoryCgroup, o Options) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), envAgentsCgroup+"="+string(c), envAgentsPins+"="+o.PinDir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("in a cgroup of its own: %v\n%s", err, out)
 	}
 }
 
