@@ -78,8 +78,8 @@ manifest: ## Renew deploy/manifests/sluice.yaml: the chart with its defaults, fo
 	@$(SETUP) helm
 	$(GO) test -count=1 -run '^Test(Manifest|Readme)$$' ./tests/chart -update
 
-tools: ## Envoy and the CNI plugins into .tools/, iptables and ip from apt where they lack
-	$(SETUP) envoy cni iptables iproute
+tools: ## Envoy and the CNI plugins into .tools/, iptables, nft and ip from apt where they lack
+	$(SETUP) envoy cni iptables nft iproute
 
 tools-demo:
 	$(SETUP) envoy cni $(if $(filter iptables,$(BACKEND)),iptables)
@@ -91,7 +91,7 @@ generate: ## Compile bpf/ into pkg/redirect/bpf (clang 19; the results are commi
 
 ##@ Check
 test: ## Every test that this machine can run; what it lacks is named (CI=1: fails)
-	OPTIONAL=1 $(SETUP) envoy cni iptables iproute gcc helm prometheus
+	OPTIONAL=1 $(SETUP) envoy cni iptables nft iproute gcc helm prometheus
 	@missing=$$(mktemp); export SLUICE_TEST_MISSING=$$missing; \
 	rc=0; for tests in test-parallel test-serial; do $(MAKE) $$tests || rc=1; done; \
 	sort $$missing | uniq -c | sed -E 's/^ *([0-9]+) /skipped \1 times for want of /'; rm -f $$missing; exit $$rc
@@ -108,11 +108,11 @@ test-apps: ## Real servers and their clients, directly and through two Envoys (A
 	APPS='$(APPS)' BACKEND='$(filter-out auto,$(BACKEND))' $(GO) test -count=1 -v -timeout 20m ./tests/apps | grep -v '^=== '
 
 test-kernels: bin/kernels-run ## Boot the kernels that people run, try Sluice on each (KERNELS='6.1 newest' ALL=1: the whole root tier, or RUN=regexp)
-	@$(SETUP) qemu iptables $(addprefix kernel-,$(KERNELS))
+	@$(SETUP) qemu iptables nft $(addprefix kernel-,$(KERNELS))
 	bin/kernels-run -kernels '$(KERNELS)' $(if $(RUN),-run '$(RUN)',$(if $(ALL),-all))
 
 verify: bin/kernels-run ## Have these kernels verify every eBPF program, compare the counts (KERNELS=..., UPDATE=1: renew them)
-	@$(SETUP) qemu iptables $(addprefix kernel-,$(KERNELS))
+	@$(SETUP) qemu iptables nft $(addprefix kernel-,$(KERNELS))
 	bin/kernels-run -kernels '$(KERNELS)' -verify $(if $(UPDATE),-update)
 	$(if $(UPDATE),$(GO) test -count=1 -run '^TestDocument$$' ./tests/kernels -update)
 

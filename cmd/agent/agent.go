@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,10 @@ import (
 // wanted the next begins. All changes are applied at once; this only mends what
 // others broke.
 const healInterval = 30 * time.Second
+
+// firstRetry is how long after something failed the next comparison begins; as
+// long as it fails, each takes twice as long to come as the one before.
+const firstRetry = time.Second
 
 // A translator turns plans into xDS resources. *translate.Translator is one.
 // Errors come beside the resources that could be made.
@@ -93,6 +98,8 @@ type agent struct {
 	adopted    atomic.Int64
 	drained    struct{ told, failed atomic.Uint64 }
 	turned     atomic.Int64 // when the loop last did, in ns since 1970; 0: it has not begun
+	// failing asks the loop to compare soon; see soon.
+	failing chan struct{}
 
 	mu       sync.Mutex
 	problems map[string]string // by object, for /readyz and metrics
@@ -111,6 +118,7 @@ type podState struct {
 	workload *redirect.Workload // nil while the pod is not redirected
 	told     told
 	drained  bool
+	looked   time.Time // when redirection was last asked to look at it
 	// hostUIDs are what users of the pod are on the node, as far as was found out.
 	hostUIDs map[uint32]uint32
 	// proxy is the sidecar's container as it was last found.
@@ -124,6 +132,8 @@ type podCounts struct{ redirected, untouched, failed int }
 func (a *agent) Run(ctx context.Context) error {
 	heal := time.NewTimer(healInterval)
 	defer heal.Stop()
+	var retry time.Duration // how soon, while something fails
+	failing := a.failing    // nil while a comparison is under way
 	surveyed := make(chan survey)
 	changed := make(chan podwatch.Batch)
 	synced := a.store.Synced()
@@ -142,11 +152,17 @@ func (a *agent) Run(ctx context.Context) error {
 			others.Go(func() { a.watch(ctx, changed) })
 		case b := <-changed:
 			_ = a.call(ctx, func() error { a.apply(ctx, b.Keys, b.Since); return nil }) // fails only when ctx has ended
+		case <-failing:
+			if retry == 0 {
+				retry = firstRetry
+				heal.Reset(retry)
+			}
 		case <-heal.C:
 			if !a.ready() {
 				heal.Reset(healInterval)
 				continue
 			}
+			failing = nil
 			// Not here: with many pods it takes long, and ADD must not wait.
 			others.Go(func() {
 				select {
@@ -161,7 +177,14 @@ func (a *agent) Run(ctx context.Context) error {
 				a.tellRejections()
 				return nil
 			})
-			heal.Reset(healInterval)
+			select {
+			case <-a.failing:
+				retry = min(max(2*retry, firstRetry), healInterval)
+			default:
+				retry = 0
+			}
+			failing = a.failing
+			heal.Reset(cmp.Or(retry, healInterval))
 		}
 	}
 }
@@ -178,6 +201,15 @@ func (a *agent) watch(ctx context.Context, changed chan<- podwatch.Batch) {
 		case <-ctx.Done():
 			return
 		}
+	}
+}
+
+// soon has the loop compare the kernel with what is wanted before its time, because
+// something has failed.
+func (a *agent) soon() {
+	select {
+	case a.failing <- struct{}{}:
+	default: // it was asked already
 	}
 }
 
@@ -325,6 +357,7 @@ func (a *agent) heal(ctx context.Context, s survey) {
 	if err := errors.Join(errs...); err != nil {
 		a.log.Error("redirection differs from what is wanted", "err", err)
 		a.problem("redirection", err)
+		a.soon()
 		return
 	}
 	a.problem("redirection", nil)
@@ -572,6 +605,9 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 	// A survey does not tell which backend has the pod: once in the agent's life
 	// that must be looked at.
 	installed := state.workload != nil && s.whole(workload)
+	if !installed {
+		state.looked = time.Now()
+	}
 	err = a.within(ctx, a.adding, func() error {
 		if err := a.sidecars.Open(sidecar.UID, box.Netns, proxyUID); err != nil {
 			return fmt.Errorf("open xDS socket of pod %s: %w", workload.Pod, err)
@@ -581,6 +617,9 @@ func (a *agent) bring(ctx context.Context, box sandbox, since time.Time, s surve
 		}
 		// From here on the pod's traffic is affected.
 		if err := a.redirector.Add(ctx, workload); err != nil {
+			if !errors.Is(err, redirect.ErrGone) {
+				a.soon()
+			}
 			return fmt.Errorf("redirect pod %s: %w", workload.Pod, err)
 		}
 		return nil
@@ -718,6 +757,7 @@ func (a *agent) forget(ctx context.Context, box sandbox) {
 	}
 	if err = errors.Join(err, a.boxes.forget(box.ContainerID)); err != nil {
 		a.log.Warn("something of an ended pod is left until the next check", "pod", box.Namespace+"/"+box.Name, "err", err)
+		a.soon()
 	}
 	delete(a.pods, box.ContainerID)
 	if left := a.boxes.of(box.Namespace, box.Name); len(left) == 0 {

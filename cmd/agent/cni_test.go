@@ -262,7 +262,7 @@ func newNode(t *testing.T) *testNode {
 		},
 		cutOff: silent.Load,
 		lock:   make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()),
-		started: make(chan struct{}), boxes: boxes, pods: map[string]*podState{},
+		started: make(chan struct{}), failing: make(chan struct{}, 1), boxes: boxes, pods: map[string]*podState{},
 		fed: map[podwatch.Key][]podwatch.Key{}, awaiting: map[string]bool{}, problems: map[string]string{},
 		proxyCgroups: map[string]string{},
 	}}
@@ -872,6 +872,28 @@ func TestHealAfterAListThatFailed(t *testing.T) {
 	n.wantLeft(t, whole())
 	if _, problems := n.report(); !strings.Contains(problems["redirection"], "record x") {
 		t.Errorf("problems %q do not name the record", problems)
+	}
+}
+
+// TestFailureIsTriedAgainSoon: what the kernel or a program refused is tried again
+// long before the next check.
+func TestFailureIsTriedAgainSoon(t *testing.T) {
+	web := newPod("shop", "web")
+	n := readyNode(t, shop(), web)
+	mustAdd(t, n, attach(web))
+	n.j.fail(errors.New("no memory"))
+	web = newPod("shop", "web", "sluice.dev/exclude-outbound-ports", "3306")
+	n.change(t, "redirect uid-web", web)
+	n.j.reset()
+	n.j.await(t, "redirect uid-web")
+	if _, problems := n.report(); !strings.Contains(problems["pod shop/web"], "no memory") {
+		t.Errorf("problems %q do not name the cause", problems)
+	}
+	n.j.fail(nil)
+	n.j.reset()
+	n.settle(t, "redirect uid-web")
+	if _, problems := n.report(); problems["pod shop/web"] != "" {
+		t.Errorf("still a problem: %q", problems)
 	}
 }
 

@@ -107,7 +107,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 		},
 		redirector: chosen, translator: translator, setPodAddrs: from.setPodAddrs, cutOff: from.cutOff,
 		reporter: from.reporter, backend: chosen,
-		lock: make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()), started: make(chan struct{}),
+		lock: make(chan struct{}, 1), adding: make(chan struct{}, installers()), removing: make(chan struct{}, removers()), started: make(chan struct{}), failing: make(chan struct{}, 1),
 		boxes: boxes, pods: map[string]*podState{}, awaiting: map[string]bool{}, fed: map[podwatch.Key][]podwatch.Key{},
 		problems: map[string]string{}, proxyCgroups: map[string]string{},
 	}
@@ -167,6 +167,7 @@ func serve(ctx context.Context, c config, log *slog.Logger, store *podwatch.Stor
 	g.Go(func() error { return from.run(ctx) })
 	g.Go(func() error { return sidecars.Run(ctx) })
 	g.Go(func() error { return a.Run(ctx) })
+	g.Go(func() error { a.watchLinks(ctx); return nil })
 	g.Go(func() error { return plugin.Run(ctx) })
 	g.Go(func() error {
 		return serveHTTP(ctx, log, c.httpAddr, a.alive, checks, status, registry, newProxies(a.targets))

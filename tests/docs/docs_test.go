@@ -82,6 +82,49 @@ func TestNamedTestsExist(t *testing.T) {
 	}
 }
 
+// TestEachFailureIsShown: each row of the failure table names what shows it, and the
+// case of a test that it names is there.
+func TestEachFailureIsShown(t *testing.T) {
+	var code []byte
+	for _, path := range files(t, ".go") {
+		code = append(code, read(t, path)...)
+	}
+	_, section, found := strings.Cut(string(read(t, filepath.Join(need.Repo(t), "ARCHITECTURE.md"))), "\n## When things fail\n")
+	if !found {
+		t.Fatal("ARCHITECTURE.md has no section \"When things fail\"")
+	}
+	section, _, _ = strings.Cut(section, "\n## ")
+	// TestX/case, as go test prints it, and `group/case` of redirecttest; a * at the end stands for several.
+	ofTest, ofSuite := regexp.MustCompile(`\bTest\w+/([\w.]+)`), regexp.MustCompile("`([a-z ]+/[a-z ]*)\\*?`")
+	rows := 0
+	for line := range strings.Lines(section) {
+		cells := strings.Split(line, "|")
+		if len(cells) < 5 || strings.HasPrefix(cells[1], "---") || strings.TrimSpace(cells[1]) == "failure" {
+			continue
+		}
+		rows++
+		shown := cells[len(cells)-2]
+		var cases []string
+		for _, m := range ofTest.FindAllStringSubmatch(shown, -1) {
+			cases = append(cases, `"`+strings.ReplaceAll(m[1], "_", " "))
+		}
+		for _, m := range ofSuite.FindAllStringSubmatch(shown, -1) {
+			cases = append(cases, `"`+m[1])
+		}
+		for _, c := range cases {
+			if !bytes.Contains(code, []byte(c)) {
+				t.Errorf("no case is named %s: %s", c, line)
+			}
+		}
+		if len(cases) == 0 && !strings.Contains(shown, "Test") && !strings.Contains(shown, "Fuzz") {
+			t.Errorf("no test is named: %s", line)
+		}
+	}
+	if rows < 100 {
+		t.Errorf("%d rows found in the failure table", rows)
+	}
+}
+
 // TestLinksLeadSomewhere follows the relative links of all documents.
 func TestLinksLeadSomewhere(t *testing.T) {
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)

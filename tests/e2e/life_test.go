@@ -24,6 +24,7 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
+	"github.com/vishvananda/netlink"
 
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
@@ -207,6 +208,111 @@ func TestFailClosed(t *testing.T) {
 		client.WaitService(t, "server", 82, 1)
 		c := dialFrom(t, client, vip4+":82")
 		mustEcho(t, c, bufio.NewReader(c))
+	})
+}
+
+// TestInterfaceReplaced: a pod whose interface is deleted and made anew, under its
+// name and addresses, is captured again at once, not at the next check.
+func TestInterfaceReplaced(t *testing.T) {
+	sluicetest.EachBackend(t, func(t *testing.T, backend string) {
+		n, _, server := newPair(t, backend)
+		plain := n.Pod(t, "plain", sluicetest.PodSpec{Plain: true})
+		captured := func() error {
+			// A SYN that is dropped comes again after a second.
+			c := &http.Client{Timeout: 3 * time.Second, Transport: plain.HTTPClient(false).Transport}
+			_, _, header, err := fetch(c, "http://"+netip.AddrPortFrom(server.Addr4, 8080).String())
+			if from := header.Get("X-Remote"); err == nil && !strings.HasPrefix(from, "127.0.0.6:") {
+				err = fmt.Errorf("the application is called from %s, past its proxy", from)
+			}
+			return err
+		}
+		if err := captured(); err != nil {
+			t.Fatal(err)
+		}
+		replaceInterface(t, n, server)
+		since, err := time.Now(), errors.New("")
+		for err != nil && time.Since(since) < 10*time.Second {
+			err = captured()
+		}
+		if err != nil {
+			t.Fatalf("not captured for %s: %v", time.Since(since), err)
+		}
+		t.Logf("captured again within %s", time.Since(since))
+		sluicetest.Eventually(t, func() bool {
+			_, body, err := n.Get("/readyz")
+			return err == nil && strings.Contains(body, " 0 with a problem")
+		}, func() string { return "the pod has a problem" })
+	})
+}
+
+// replaceInterface deletes a pod's eth0 and makes another that looks the same.
+func replaceInterface(t *testing.T, n *sluicetest.Node, p *sluicetest.Pod) {
+	t.Helper()
+	inside := func(ns netnstest.Namespace, fn func(h *netlink.Handle) error) {
+		t.Helper()
+		err := ns.Do(func() error {
+			h, err := netlink.NewHandle()
+			if err != nil {
+				return err
+			}
+			defer h.Close()
+			return fn(h)
+		})
+		if err != nil {
+			t.Fatalf("replace eth0 of pod %s: %v", p.Name, err)
+		}
+	}
+	file, err := os.Open(p.Netns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = file.Close() }()
+	var mac net.HardwareAddr // neighbours know it
+	var addrs []netlink.Addr
+	var routes []netlink.Route
+	inside(p.Namespace, func(h *netlink.Handle) error {
+		eth0, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		mac = eth0.Attrs().HardwareAddr
+		if addrs, err = h.AddrList(eth0, netlink.FAMILY_ALL); err != nil {
+			return err
+		}
+		if routes, err = h.RouteList(eth0, netlink.FAMILY_V4); err != nil {
+			return err
+		}
+		return h.LinkDel(eth0)
+	})
+	inside(n.Namespace, func(h *netlink.Handle) error {
+		bridge, err := h.LinkByName("cni0")
+		if err != nil {
+			return err
+		}
+		veth := &netlink.Veth{
+			LinkAttrs: netlink.LinkAttrs{Name: "anew", MasterIndex: bridge.Attrs().Index, Flags: net.FlagUp},
+			PeerName:  "eth0", PeerNamespace: netlink.NsFd(file.Fd()), PeerHardwareAddr: mac,
+		}
+		return h.LinkAdd(veth)
+	})
+	inside(p.Namespace, func(h *netlink.Handle) error {
+		eth0, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		errs := []error{h.LinkSetUp(eth0)}
+		for _, a := range addrs {
+			if a.IP.To4() != nil {
+				errs = append(errs, h.AddrAdd(eth0, &netlink.Addr{IPNet: a.IPNet}))
+			}
+		}
+		for _, r := range routes {
+			if r.Gw != nil {
+				r.LinkIndex = eth0.Attrs().Index
+				errs = append(errs, h.RouteReplace(&r))
+			}
+		}
+		return errors.Join(errs...)
 	})
 }
 

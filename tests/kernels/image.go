@@ -90,7 +90,7 @@ func addTools(t tree) error {
 	if err := t.addDir(plugins, plugins); err != nil {
 		return fmt.Errorf("find matches of iptables: %w", err)
 	}
-	for _, name := range []string{"cat", "id", "readlink", "sleep"} {
+	for _, name := range []string{"cat", "grep", "id", "nft", "readlink", "sh", "sleep"} {
 		path, err := findProgram(name)
 		if err != nil {
 			return err

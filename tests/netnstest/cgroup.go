@@ -73,13 +73,16 @@ func removeCgroup(dir string) error {
 // discardCgroups removes the cgroups that the tests of process pid have made,
 // and ends what runs in them.
 func discardCgroups(pid int) error {
-	root, err := cgroup.Root()
-	if err != nil {
-		return nil // then there are none
-	}
-	dirs, err := filepath.Glob(filepath.Join(root, prefix(pid)+"*"))
-	if err != nil {
-		return err
+	var dirs []string
+	root, _ := cgroup.Root() // without one there are none
+	for _, root := range []string{root, memoryV1} {
+		found, err := filepath.Glob(filepath.Join(root, prefix(pid)+"*"))
+		if err != nil {
+			return err
+		}
+		if root != "" {
+			dirs = append(dirs, found...)
+		}
 	}
 	var errs []error
 	for _, dir := range dirs {

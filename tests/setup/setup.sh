@@ -7,6 +7,7 @@
 #   prometheus  prometheus and promtool in .tools/prometheus (apt, unpacked only)
 #   apps      the applications of tests/apps in .tools/apps (apt, unpacked only; pip)
 #   iptables  iptables and ip6tables                     (apt)
+#   nft       nft, with which tests make tables of others (apt)
 #   iproute   ip                                         (apt)
 #   gcc       gcc, which the race detector needs         (apt)
 #   clang     clang-19 and clang-format-19               (apt)
@@ -267,6 +268,7 @@ for what in "$@"; do
 		apt iptables iptables
 		apt ip6tables-restore iptables
 		;;
+	nft) apt nft nftables ;;
 	iproute) apt ip iproute2 ;;
 	gcc) apt gcc gcc libc6-dev ;;
 	clang)

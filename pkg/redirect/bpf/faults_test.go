@@ -4,13 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
@@ -24,9 +24,7 @@ import (
 // says where and what helps; with nothing pinned another backend may do instead.
 func TestReadOnly(t *testing.T) {
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
+	pod, peer := newPair(t)
 	dir := filepath.Dir(o.PinDir)
 	if err := provideBPFFS(dir, false); err != nil {
 		t.Fatal(err)
@@ -57,7 +55,7 @@ func TestReadOnly(t *testing.T) {
 	readOnly(unix.MS_RDONLY)
 	_, err = New(o)
 	wantHelp(err, false)
-	wantName(t, pod.Namespace, netip.AddrPortFrom(peer.Addr4, 80), "proxy")
+	wantName(t, pod.Namespace, app(peer), "proxy")
 	if err := r.Add(t.Context(), workload(t, peer)); !errors.Is(err, unix.EROFS) {
 		t.Errorf("Add of another pod: %v, want EROFS", err)
 	}
@@ -90,6 +88,134 @@ func TestMemlock(t *testing.T) {
 	}
 }
 
+// TestNoMemoryForSocket: a socket that may hold no more memory cannot remember where
+// it was to go. Its connect is refused and counted, and does not get past the proxy.
+func TestNoMemoryForSocket(t *testing.T) {
+	o := newOptions(t)
+	pod, peer := newPair(t)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	mustAdd(t, r, workload(t, pod))
+
+	const limit = "net/core/optmem_max"
+	var before []byte
+	err := pod.Do(func() (err error) {
+		before, err = os.ReadFile(filepath.Join("/proc/sys", limit))
+		return err
+	})
+	if errors.Is(err, fs.ErrNotExist) {
+		t.Log("this kernel (before 6.8) has one limit for the whole machine")
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod.Sysctl(t, limit, "1")
+	c, err := pod.Dial(t.Context(), "tcp", app(peer).String())
+	if err == nil {
+		_ = c.Close()
+	}
+	if !errors.Is(err, unix.EPERM) {
+		t.Errorf("connect without memory: %v, want EPERM", err)
+	}
+	if n := counted(t, r, redirect.Outbound, denied, "no_memory"); n != 1 {
+		t.Errorf("%d connections are counted as denied for want of memory, want 1", n)
+	}
+	pod.Sysctl(t, limit, string(before))
+	wantName(t, pod.Namespace, app(peer), "proxy")
+}
+
+// TestNoMemoryForMaps: an agent whose cgroup has too little memory left for the maps
+// does not start and names the map. It attaches nothing, falls back to nothing, and
+// does not stand in the way of the next.
+func TestNoMemoryForMaps(t *testing.T) {
+	if c, pins := agentsCgroup(); pins != "" {
+		c.Enter(t)
+		c.Leave(t, 64<<20) // enough for all else, so that the kernel ends no process
+		_, err := newFrom(Options{PinDir: pins}, build(t, func(s *ebpf.CollectionSpec) { s.Maps[redirectMapHandover].MaxEntries = 1 << 24 }))
+		if !errors.Is(err, unix.ENOMEM) || errors.Is(err, redirect.ErrNotSupported) || !strings.Contains(err.Error(), "map "+redirectMapHandover) {
+			t.Errorf("New: %v; want an error that names the map, and no fallback", err)
+		}
+		return
+	}
+	o := newOptions(t)
+	pod, peer := newPair(t)
+	inAgentsCgroup(t, netnstest.NewMemoryCgroup(t), o)
+	for _, dir := range []string{"links", "pods"} {
+		if pins, err := os.ReadDir(filepath.Join(o.PinDir, dir)); len(pins) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("in %s are %v, %v; want nothing", dir, pins, err)
+		}
+	}
+	wantName(t, pod.Namespace, app(peer), "peer")
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	mustAdd(t, r, workload(t, pod))
+	wantName(t, pod.Namespace, app(peer), "proxy")
+}
+
+// TestNoMemoryForEntries: the kernel counts entries of maps to the cgroup of the agent
+// that made them. When that has no memory left a policy cannot be changed, and the one
+// in force stays; connections go on.
+func TestNoMemoryForEntries(t *testing.T) {
+	if c, pins := agentsCgroup(); pins != "" {
+		c.Enter(t)
+		if err := open(t, Options{PinDir: pins}).Close(); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	o := newOptions(t)
+	pod, peer := newPair(t)
+	c := netnstest.NewMemoryCgroup(t)
+	inAgentsCgroup(t, c, o)
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	w := workload(t, pod)
+	mustAdd(t, r, w)
+	large := w
+	for port := range 60000 {
+		large.Policy.Outbound.ExcludePorts.List = append(large.Policy.Outbound.ExcludePorts.List, uint16(port+1))
+	}
+	c.Leave(t, 0)
+	for range 2 {
+		if err := r.Add(t.Context(), large); !errors.Is(err, unix.ENOMEM) || !strings.Contains(err.Error(), redirectMapPorts) {
+			t.Errorf("Add: %v; want an error that names the map", err)
+		}
+		if list, err := r.List(t.Context()); err != nil || len(list) != 1 || !list[0].Whole(w) {
+			t.Errorf("List() = %v, %v; want the pod as it was", list, err)
+		}
+		for range 100 {
+			wantName(t, pod.Namespace, app(peer), "proxy")
+			wantName(t, peer.Namespace, app(pod), "proxy")
+		}
+	}
+	c.Leave(t, 1<<30)
+	mustAdd(t, r, large)
+	wantName(t, pod.Namespace, app(peer), "peer")
+}
+
+// What an agent in a cgroup of its own does is done by the test's program once more.
+const (
+	envAgentsCgroup = "SLUICE_TEST_CGROUP"
+	envAgentsPins   = "SLUICE_TEST_PINS"
+)
+
+// agentsCgroup returns what inAgentsCgroup was called with if this is the process
+// that it has started.
+func agentsCgroup() (c netnstest.MemoryCgroup, pins string) {
+	return netnstest.MemoryCgroup(os.Getenv(envAgentsCgroup)), os.Getenv(envAgentsPins)
+}
+
+// inAgentsCgroup runs the same test in another process, which is to enter c.
+func inAgentsCgroup(t *testing.T, c netnstest.MemoryCgroup, o Options) {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run", "^"+t.Name()+"$")
+	cmd.Env = append(os.Environ(), envAgentsCgroup+"="+string(c), envAgentsPins+"="+o.PinDir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("in a cgroup of its own: %v\n%s", err, out)
+	}
+}
+
 // TestCgroupMadeAnew removes the cgroup of pods, hooks and all, and makes it
 // again, as a kubelet does that starts with another driver and back. List names
 // it, the next Add mends it; processes elsewhere do not notice.
@@ -97,10 +223,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 	o := newOptions(t)
 	o.Cgroup = netnstest.NewCgroup(t)
 	pods := filepath.Join(o.Cgroup, "kubepods")
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
-	peer.Serve(t, netip.AddrPortFrom(peer.Addr4, 80), "peer")
+	pod, peer := newPair(t)
 	if err := os.MkdirAll(filepath.Join(pods, "pod1"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -128,14 +251,14 @@ func TestCgroupMadeAnew(t *testing.T) {
 		if list, err := r.List(t.Context()); err != nil || len(list) != 1 || list[0].Problem != nil {
 			t.Errorf("%s made anew: after Add: %v, %v", at, list, err)
 		}
-		app := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
-		if got, err := app.Ask(netip.AddrPortFrom(peer.Addr4, 80)); err != nil || got != "proxy" {
+		client := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
+		if got, err := client.Ask(app(peer)); err != nil || got != "proxy" {
 			t.Errorf("%s made anew: %q answers, %v; want the proxy", at, got, err)
 		}
-		if got, err := other.Ask(netip.AddrPortFrom(peer.Addr4, 80)); err != nil || got != "peer" {
+		if got, err := other.Ask(app(peer)); err != nil || got != "peer" {
 			t.Errorf("%s made anew: another pod reaches %q: %v", at, got, err)
 		}
-		app.Kill()
+		client.Kill()
 	}
 }
 
@@ -143,11 +266,7 @@ func TestCgroupMadeAnew(t *testing.T) {
 // names it, Add mends it once the interface is there.
 func TestInterfaceChanges(t *testing.T) {
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
-	pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
-	to := netip.AddrPortFrom(pod.Addr4, 80)
+	pod, peer := newPair(t)
 	r := open(t, o)
 	defer func() { _ = r.Close() }()
 	w := workload(t, pod)
@@ -192,16 +311,16 @@ func TestInterfaceChanges(t *testing.T) {
 		})
 	}
 	rename("net7")
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	wantProblem("renamed", "find interface eth0")
 	if err := r.Add(t.Context(), w); err == nil || !strings.Contains(err.Error(), "find interface eth0") {
 		t.Errorf("Add without the interface: %v", err)
 	}
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	renamed := w
 	renamed.Interfaces = []string{"net7"}
 	mustAdd(t, r, renamed)
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	rename("eth0")
 	mustAdd(t, r, w)
 
@@ -228,8 +347,8 @@ func TestInterfaceChanges(t *testing.T) {
 	})
 	wantProblem("replaced", "made anew")
 	mustAdd(t, r, w)
-	wantName(t, peer.Namespace, to, "proxy")
-	wantName(t, pod.Namespace, netip.AddrPortFrom(peer.Addr4, 80), "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
+	wantName(t, pod.Namespace, app(peer), "proxy")
 	if list, err := r.List(t.Context()); err != nil || len(list) != 1 || list[0].Problem != nil {
 		t.Errorf("after Add List() = %v, %v", list, err)
 	}

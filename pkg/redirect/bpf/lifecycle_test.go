@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -77,8 +76,7 @@ func proxy(tb testing.TB, pod *netnstest.Pod) {
 // killed and started does, while both directions are under load.
 func TestTakeOver(t *testing.T) {
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
+	pod, peer := newPair(t)
 	r := open(t, o)
 	w := workload(t, pod)
 	mustAdd(t, r, w)
@@ -86,11 +84,7 @@ func TestTakeOver(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy(t, pod)
-	pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
-	peer.Serve(t, netip.AddrPortFrom(peer.Addr4, 80), "peer")
-
-	open1, err := pod.Dial(t.Context(), "tcp", netip.AddrPortFrom(peer.Addr4, 80).String())
+	open1, err := pod.Dial(t.Context(), "tcp", app(peer).String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -98,45 +92,19 @@ func TestTakeOver(t *testing.T) {
 	if _, err := netnstest.ReadAnswer(t.Context(), open1); err != nil {
 		t.Fatal(err)
 	}
-
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var asked atomic.Int64
-	var load sync.WaitGroup
-	for _, way := range []struct {
-		from *netnstest.Pod
-		to   netip.AddrPort
-	}{{pod, netip.AddrPortFrom(peer.Addr4, 80)}, {peer, netip.AddrPortFrom(pod.Addr4, 80)}} {
-		load.Go(func() {
-			for ctx.Err() == nil {
-				c, cancel := context.WithTimeout(t.Context(), 10*time.Second)
-				a, err := way.from.Ask(c, way.to)
-				cancel()
-				if err != nil || a.Name != "proxy" {
-					t.Errorf("connect to %s: %+v, %v", way.to, a, err)
-					return
-				}
-				asked.Add(1)
-			}
-		})
-	}
+	load := startLoad(t, pod, peer)
 	for range 8 {
 		if err := r.Close(); err != nil {
 			t.Fatal(err)
 		}
-		n := asked.Load()
-		for deadline := time.Now().Add(10 * time.Second); asked.Load() < n+20 && time.Now().Before(deadline) && !t.Failed(); {
+		load.more(t, 20, func() {
 			if err := netnstest.Echo(t.Context(), open1, "still there"); err != nil {
 				t.Fatal(err)
 			}
-		}
+		})
 		r = open(t, o)
 	}
-	cancel()
-	load.Wait()
-	if asked.Load() < 160 {
-		t.Errorf("only %d connections were made", asked.Load())
-	}
+	load.end()
 	after, err := r.List(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +115,7 @@ func TestTakeOver(t *testing.T) {
 	if err := r.Remove(t.Context(), w.ID); err != nil {
 		t.Fatal(err)
 	}
-	wantName(t, pod.Namespace, netip.AddrPortFrom(peer.Addr4, 80), "peer")
+	wantName(t, pod.Namespace, app(peer), "peer")
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -919,14 +887,11 @@ func TestCgroupIsRoot(t *testing.T) {
 	o := newOptions(t)
 	o.Cgroup = netnstest.NewCgroup(t)
 	pods := filepath.Join(o.Cgroup, "kubepods")
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
-	peer.Serve(t, netip.AddrPortFrom(peer.Addr4, 80), "peer")
-	app := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(o.Cgroup, "app"))
+	pod, peer := newPair(t)
+	client := redirecttest.StartDialer(t, pod.Namespace, filepath.Join(o.Cgroup, "app"))
 	wantProxy := func() {
 		t.Helper()
-		if got, err := app.Ask(netip.AddrPortFrom(peer.Addr4, 80)); err != nil || got != "proxy" {
+		if got, err := client.Ask(app(peer)); err != nil || got != "proxy" {
 			t.Fatalf("%q answers, %v; want the proxy", got, err)
 		}
 	}
@@ -970,8 +935,8 @@ func TestCgroupIsRoot(t *testing.T) {
 	before := links
 
 	// The kubelet makes the cgroup, and a process of the pod is in there.
-	old := app
-	app = redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
+	old := client
+	client = redirecttest.StartDialer(t, pod.Namespace, filepath.Join(pods, "pod1"))
 	old.Kill()
 	wantProxy()
 	r = takeOver(r)

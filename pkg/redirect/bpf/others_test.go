@@ -198,11 +198,7 @@ func TestOthersOnInterface(t *testing.T) {
 				return
 			}
 			o := newOptions(t)
-			node := netnstest.NewNode(t)
-			pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-			proxy(t, pod)
-			pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
-			to := netip.AddrPortFrom(pod.Addr4, 80)
+			pod, peer := newPair(t)
 			f := packetWatcher(t, unspecified)
 			install := func() {
 				t.Helper()
@@ -262,7 +258,7 @@ func TestOthersOnInterface(t *testing.T) {
 					}
 					want = "app"
 				}
-				wantName(t, peer.Namespace, to, want)
+				wantName(t, peer.Namespace, app(pod), want)
 				if got := f.take(t); got != 1 && !tc.blind {
 					t.Errorf("%s: the other's program sees nothing", when)
 				}
@@ -302,11 +298,7 @@ func TestPassedByOthers(t *testing.T) {
 		return
 	}
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
-	proxy(t, pod)
-	pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
-	to := netip.AddrPortFrom(pod.Addr4, 80)
+	pod, peer := newPair(t)
 	r := open(t, o)
 	defer func() { _ = r.Close() }()
 	mustAdd(t, r, workload(t, pod))
@@ -326,13 +318,13 @@ func TestPassedByOthers(t *testing.T) {
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
 	defer cancel()
-	if a, err := peer.Ask(ctx, to); err == nil {
+	if a, err := peer.Ask(ctx, app(pod)); err == nil {
 		t.Errorf("%q answers before the proxy was seen to listen", a.Name)
 	}
 	if err := other.Close(); err != nil {
 		t.Fatal(err)
 	}
-	wantName(t, peer.Namespace, to, "proxy")
+	wantName(t, peer.Namespace, app(pod), "proxy")
 }
 
 // unspecified lets a packet go on to the next program (TC_ACT_UNSPEC).

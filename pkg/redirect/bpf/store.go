@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -399,10 +400,22 @@ func (s *store) deletePolicies(match func(policy uint64) bool) error {
 	return nil
 }
 
+// The kernel takes memory for entries in the background, ahead of their writing and
+// for each processor. Where it ran short, the next write finds none even if there is
+// some again, and only asks for it.
+const (
+	noMemoryTries = 5
+	noMemoryPause = time.Millisecond
+)
+
 // write writes an entry. The kernel says in two ways, both of them strange, that
 // a map is full.
 func write(m *ebpf.Map, name string, key, value any, flags ebpf.MapUpdateFlags) error {
 	err := m.Update(key, value, flags)
+	for try := 1; errors.Is(err, unix.ENOMEM) && try < noMemoryTries; try++ {
+		time.Sleep(noMemoryPause)
+		err = m.Update(key, value, flags)
+	}
 	switch {
 	case err == nil:
 		return nil

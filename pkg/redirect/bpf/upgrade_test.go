@@ -1,15 +1,11 @@
 package bpf
 
 import (
-	"context"
 	"errors"
 	"io/fs"
-	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -107,44 +103,14 @@ func programTags(t *testing.T, o Options) map[string]string {
 // layout the new process refuses, names the map and changes nothing.
 func TestUpgrade(t *testing.T) {
 	o := newOptions(t)
-	node := netnstest.NewNode(t)
-	pod, peer := node.Pod(t, "pod"), node.Pod(t, "peer")
+	pod, peer := newPair(t)
 	r := open(t, o)
 	w := workload(t, pod)
 	mustAdd(t, r, w)
-	proxy(t, pod)
-	pod.Serve(t, netip.AddrPortFrom(pod.Addr4, 80), "app")
-	peer.Serve(t, netip.AddrPortFrom(peer.Addr4, 80), "peer")
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
-	var asked atomic.Int64
-	var load sync.WaitGroup
-	for _, way := range []struct {
-		from *netnstest.Pod
-		to   netip.AddrPort
-	}{{pod, netip.AddrPortFrom(peer.Addr4, 80)}, {peer, netip.AddrPortFrom(pod.Addr4, 80)}} {
-		load.Go(func() {
-			for ctx.Err() == nil {
-				c, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-				a, err := way.from.Ask(c, way.to)
-				cancel()
-				if err != nil || a.Name != "proxy" {
-					t.Errorf("connect to %s: %+v, %v", way.to, a, err)
-					return
-				}
-				asked.Add(1)
-			}
-		})
-	}
+	load := startLoad(t, pod, peer)
 	more := func() {
 		t.Helper()
-		n := asked.Load()
-		for deadline := time.Now().Add(20 * time.Second); asked.Load() < n+30 && !t.Failed(); {
-			if time.Now().After(deadline) {
-				t.Fatal("the load makes no progress")
-			}
-			wantName(t, pod.Namespace, netip.AddrPortFrom(peer.Addr4, 80), "proxy")
-		}
+		load.more(t, 30, func() { wantName(t, pod.Namespace, app(peer), "proxy") })
 	}
 	old := programTags(t, o)
 	for _, step := range []struct {
@@ -196,8 +162,7 @@ func TestUpgrade(t *testing.T) {
 			t.Errorf("%s: what is pinned has changed (-before +after):\n%s", name, diff)
 		}
 	}
-	cancel()
-	load.Wait()
+	load.end()
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -44,9 +44,11 @@ type host struct {
 	known []cgroup.Cgroup
 	// lacking is why the rules of a family cannot be had.
 	lacking map[bool]error
-	// rules are those installed; doubt says that they may be others by now.
+	// rules are those installed; doubt says that they may be others by now, left
+	// that some of no use could not be taken away.
 	rules map[bool]hostRules
 	doubt bool
+	left  bool
 	// told is what was last logged, so that it is logged once.
 	told string
 
@@ -157,6 +159,18 @@ func hostProblem(want []table, have saved) error {
 		}
 	}
 	return nil
+}
+
+// dropsForged says whether one of the variants drops, as want does, what others
+// send from the reserved address.
+func dropsForged(want []table, have map[string]saved) bool {
+	raw := slices.DeleteFunc(slices.Clone(want), func(t table) bool { return t.name != "raw" })
+	for _, s := range have {
+		if hostProblem(raw, saved{"raw": s["raw"]}) == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // walkText returns what writes the chains of tables anew and touches nothing
@@ -370,18 +384,21 @@ func (h *host) want(v4 bool) []table {
 }
 
 // apply brings the node's rules to what is wanted. What cannot be had is no
-// error: then nothing is exempt, and the log says why.
+// error: then nothing is exempt, and the log says why. Where it was to be had
+// before, what is there stays, and it is an error.
 func (h *host) apply(ctx context.Context) error {
 	var todo []bool
 	for _, v4 := range []bool{true, false} {
-		if h.doubt || walkText(h.want(v4)) != h.rules[v4].walk {
+		if h.doubt || h.left || walkText(h.want(v4)) != h.rules[v4].walk {
 			todo = append(todo, v4)
 		}
 	}
 	if len(todo) == 0 {
 		return nil
 	}
+	h.left = false
 	err := h.do(func() error {
+		var errs []error
 		for _, v4 := range todo {
 			err := h.applyFamily(ctx, v4)
 			// A cgroup of pods may have gone since it was found.
@@ -395,10 +412,10 @@ func (h *host) apply(ctx context.Context) error {
 				}
 			}
 			if err != nil {
-				return fmt.Errorf("change the node's %s rules: %w", familyName(v4), err)
+				errs = append(errs, fmt.Errorf("change the node's %s rules: %w", familyName(v4), err))
 			}
 		}
-		return nil
+		return errors.Join(errs...)
 	})
 	h.doubt = err != nil
 	return err
@@ -434,7 +451,9 @@ func (h *host) applyFamily(ctx context.Context, v4 bool) error {
 	if want != nil {
 		err := chosen.apply(ctx, installText(want, have[chosen.variant]))
 		switch {
-		case ctx.Err() != nil:
+		// Pods trust the reserved address: who drops what others send from there
+		// stays, and serves the pods that it knows.
+		case err != nil && (ctx.Err() != nil || dropsForged(want, have)):
 			return err
 		case err != nil:
 			h.lacking[v4], want = err, nil
@@ -449,9 +468,12 @@ func (h *host) applyFamily(ctx context.Context, v4 bool) error {
 			continue
 		}
 		if text := removeText(have[t.variant]); text != "" {
-			if err := t.apply(ctx, text); err != nil {
+			err := t.apply(ctx, text)
+			if err != nil && (ctx.Err() != nil || h.lacking[v4] == nil) {
 				return err
 			}
+			// Pods must learn in any case that nothing is exempt.
+			h.left = h.left || err != nil
 		}
 	}
 	return nil

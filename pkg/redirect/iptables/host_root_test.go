@@ -212,6 +212,123 @@ func TestNodeRulesAreMended(t *testing.T) {
 	}
 }
 
+// faultyRestore puts programs in front of iptables-restore and its kin. Those of the
+// families that the function returned was last called with fail where the node's
+// rules are concerned.
+func faultyRestore(t *testing.T) (fail func(families ...string)) {
+	t.Helper()
+	dir := t.TempDir()
+	for _, family := range []string{"iptables", "ip6tables"} {
+		for _, variant := range []string{iptables.VariantNFT, iptables.VariantLegacy} {
+			name := family + "-" + variant + "-restore"
+			script := fmt.Sprintf(`#!%s
+rules=$(cat)
+case $rules in *SLUICE_NODE*) if grep -qsx %s %s/failing; then echo no memory >&2; exit 4; fi; esac
+echo "$rules" | %s "$@"
+`, need.Tool(t, "sh"), family, dir, need.Tool(t, name))
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	return func(families ...string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "failing"), []byte(strings.Join(families, "\n")+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestNodeRulesCannotBeChanged: while iptables-restore fails, the node's rules stay
+// as they are, whoever asks is told, and no pod trusts an address that others can
+// send from. Once it works again all is as it should be.
+func TestNodeRulesCannotBeChanged(t *testing.T) {
+	fail := faultyRestore(t)
+	p := newProbing(t)
+	p.start(t, "kubepods/pod1")
+	kubelet := p.start(t, "system")
+	mustAdd(t, p.r, p.w)
+	p.want(t, kubelet, "app")
+	whole := p.rules(t)
+	other := p.node.Pod(t, "other")
+	w := p.w
+	w.ID, w.Netns, w.Addrs = redirect.ID{PodUID: "other", NetnsInode: other.Inode(t)}, other.Netns, other.Addrs()
+	nat := func(action string) {
+		t.Helper()
+		args := "-t nat " + action + " SLUICE_EXEMPT -j RETURN"
+		if out, err := p.node.Command(t, 0, need.Tool(t, "iptables"), strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("iptables %s: %v\n%s", args, err, out)
+		}
+	}
+	problem := func() error { // the other pod was begun and may be listed, too
+		t.Helper()
+		list, err := p.r.List(t.Context())
+		i := slices.IndexFunc(list, func(i redirect.Installed) bool { return i.ID == p.w.ID })
+		if err != nil || i < 0 {
+			t.Fatalf("List() = %v, %v", list, err)
+		}
+		return list[i].Problem
+	}
+	refused := func(what string, w redirect.Workload) {
+		t.Helper()
+		if err := p.r.Add(t.Context(), w); err == nil || !strings.Contains(err.Error(), "change the node's iptables rules") || !strings.Contains(err.Error(), "no memory") {
+			t.Errorf("%s: Add: %v, want an error with what the program says", what, err)
+		}
+	}
+
+	fail("iptables", "ip6tables")
+	for range 2 { // the second time it looks what there is
+		refused("another pod", w)
+		if diff := whole.Diff(p.rules(t)); diff != "" {
+			t.Fatalf("the node's rules did not stay:\n%s", diff)
+		}
+	}
+	p.want(t, kubelet, "app")
+	nat("-I")
+	damaged := p.rules(t)
+	if problem() == nil {
+		t.Error("List sees no problem")
+	}
+	refused("rules that others changed", p.w)
+	if diff := damaged.Diff(p.rules(t)); diff != "" {
+		t.Errorf("what is left of the node's rules did not stay:\n%s", diff)
+	}
+	p.want4(t, kubelet, "proxy")
+
+	// Without the rule that drops what others send pods must trust nobody.
+	if out, err := p.node.Command(t, 0, need.Tool(t, "iptables"), "-t", "raw", "-F").CombinedOutput(); err != nil {
+		t.Fatalf("iptables: %v\n%s", err, out)
+	}
+	nat("-D")
+	fail("iptables")
+	if problem() == nil {
+		t.Error("List sees no problem")
+	}
+	mustAdd(t, p.r, p.w)
+	p.want4(t, kubelet, "proxy")
+	if rules := strings.Join(p.pod.State(t), "\n"); strings.Contains(rules, iptables.DefaultProbeSource4) {
+		t.Errorf("the pod trusts an address that others can send from:\n%s", rules)
+	}
+
+	fail()
+	if problem() == nil {
+		t.Error("List does not see that probes can be exempt again")
+	}
+	mustAdd(t, p.r, p.w)
+	if err := problem(); err != nil {
+		t.Error(err)
+	}
+	p.want(t, kubelet, "app")
+	mustAdd(t, p.r, w)
+	if err := p.r.Remove(t.Context(), w.ID); err != nil {
+		t.Error(err)
+	}
+	if diff := whole.Diff(p.rules(t)); diff != "" {
+		t.Errorf("once it works again the node's rules are not as before:\n%s", diff)
+	}
+}
+
 // TestUninstallWithoutRecords: the node's rules go even if somebody has removed
 // the records, and what is others' stays.
 func TestUninstallWithoutRecords(t *testing.T) {

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -129,6 +130,121 @@ func TestRulesOfOthersStay(t *testing.T) {
 	}
 	if diff := before.Diff(pod.State(t)); diff != "" {
 		t.Errorf("the namespace is not as before:\n%s", diff)
+	}
+}
+
+// TestTablesOfNFT: tables that others made with nft, which iptables cannot show, stay
+// and are obeyed. Where one stands in the place of iptables' own, Add says so.
+func TestTablesOfNFT(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		rules string
+		err   string
+	}{
+		{"beside", "table inet other { chain out { type filter hook output priority 0; ip daddr 192.0.2.1 counter drop; }; chain in { type nat hook prerouting priority -110; }; }", ""},
+		{"in a table of that name", "table ip nat { set s { type ipv4_addr; elements = { 192.0.2.1 }; }; chain OUTPUT { type nat hook output priority -100; ip daddr @s accept; }; }", ""},
+		{"in the place of a chain", "table ip nat { chain OUTPUT { type nat hook output priority -50; }; }", "chain OUTPUT"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			node := netnstest.NewNode(t)
+			r, pod, w := setupOn(t, node, iptables.Options{StateDir: t.TempDir(), Variant: iptables.VariantNFT})
+			peer := node.Pod(t, "peer")
+			to := netip.AddrPortFrom(pod.Addr4, 80)
+			pod.Serve(t, to, "app")
+			pod.Serve(t, netip.AddrPortFrom(netip.IPv6Unspecified(), redirect.InboundPort), "proxy")
+			answers := func(want string) {
+				t.Helper()
+				if a, err := peer.Ask(t.Context(), to); err != nil || a.Name != want {
+					t.Errorf("%q answers, %v; want %q", a.Name, err, want)
+				}
+			}
+			nft := func(args string) string {
+				t.Helper()
+				out, err := pod.Command(t, 0, need.Tool(t, "nft"), args).CombinedOutput()
+				if err != nil {
+					t.Fatalf("nft %s: %v\n%s", args, err, out)
+				}
+				return string(out)
+			}
+			nft(tc.rules)
+			before := nft("list ruleset")
+			switch err := r.Add(t.Context(), w); {
+			case tc.err == "":
+				if err != nil {
+					t.Fatal(err)
+				}
+				answers("proxy")
+				if err := problem(t, r); err != nil {
+					t.Errorf("it is a problem: %v", err)
+				}
+			case err == nil || !strings.Contains(err.Error(), tc.err):
+				t.Errorf("Add: %v; want an error with %q", err, tc.err)
+			}
+			if err := r.Remove(t.Context(), w.ID); err != nil {
+				t.Fatal(err)
+			}
+			answers("app")
+			after := nft("list ruleset")
+			for line := range strings.Lines(before) {
+				if !strings.Contains(after, line) {
+					t.Errorf("%q is gone", line)
+				}
+			}
+			if strings.Contains(after, "SLUICE") {
+				t.Errorf("something is left:\n%s", after)
+			}
+		})
+	}
+}
+
+// TestRecordOfAnotherBuild: where rules were made by an earlier or a later build, List
+// says so and Add brings them to this one's; connections are captured all along.
+func TestRecordOfAnotherBuild(t *testing.T) {
+	dir := t.TempDir()
+	node := netnstest.NewNode(t)
+	r, pod, w := setupOn(t, node, iptables.Options{StateDir: dir})
+	peer := node.Pod(t, "peer")
+	to := netip.AddrPortFrom(pod.Addr4, 80)
+	pod.Serve(t, to, "app")
+	pod.Serve(t, netip.AddrPortFrom(netip.IPv6Unspecified(), redirect.InboundPort), "proxy")
+	captured := func() {
+		t.Helper()
+		if a, err := peer.Ask(t.Context(), to); err != nil || a.Name != "proxy" {
+			t.Errorf("%q answers, %v; want the proxy", a.Name, err)
+		}
+	}
+	mustAdd(t, r, w)
+	whole := pod.State(t)
+	for _, build := range []string{"1", "99"} {
+		records, err := filepath.Glob(filepath.Join(dir, "*.json"))
+		if err != nil || len(records) != 1 {
+			t.Fatalf("records %v, %v", records, err)
+		}
+		b, err := os.ReadFile(records[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		b = regexp.MustCompile(`"format":\d+`).ReplaceAll(b, []byte(`"format":`+build+`,"unknown":[]`))
+		if err := os.WriteFile(records[0], b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range []string{"-t nat -N SLUICE_OTHER", "-t nat -A SLUICE_OTHER -j RETURN", "-t nat -I OUTPUT -p tcp -j SLUICE_OTHER"} {
+			if out, err := pod.Command(t, 0, need.Tool(t, "iptables"), strings.Fields(args)...).CombinedOutput(); err != nil {
+				t.Fatalf("iptables %s: %v\n%s", args, err, out)
+			}
+		}
+		if err := problem(t, r); err == nil || !strings.Contains(err.Error(), "layout "+build) {
+			t.Errorf("build %s: problem %v does not name the layout", build, err)
+		}
+		captured()
+		mustAdd(t, r, w)
+		if err := problem(t, r); err != nil {
+			t.Errorf("build %s: after Add: %v", build, err)
+		}
+		captured()
+		if diff := whole.Diff(pod.State(t)); diff != "" {
+			t.Errorf("build %s: after Add the namespace differs:\n%s", build, diff)
+		}
 	}
 }
 

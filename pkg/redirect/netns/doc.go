@@ -1,5 +1,6 @@
 // Package netns runs functions inside network namespaces and names namespaces:
-// by inode, as nsfs does, and by cookie, as the kernel's BPF helpers do.
+// by inode, as nsfs does, by cookie, as the kernel's BPF helpers do, and by number,
+// as rtnetlink does.
 //
 // It neither creates nor removes namespaces and never changes the namespace of
 // the caller's thread.

@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
@@ -108,6 +109,21 @@ func OwnCookie() (uint64, error) {
 		return 0, fmt.Errorf("read SO_NETNS_COOKIE: %w", err)
 	}
 	return cookie, nil
+}
+
+// Number returns the number by which the kernel names the network namespace at
+// path to the calling thread's, -1 if it has none there.
+func Number(path string) (int, error) {
+	fd, err := open(path)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = unix.Close(fd) }()
+	n, err := netlink.GetNetNsIdByFd(fd)
+	if err != nil {
+		return 0, fmt.Errorf("read number of network namespace %s: %w", path, err)
+	}
+	return n, nil
 }
 
 // HasTCP says whether there are TCP sockets of a family, listening or connected,
