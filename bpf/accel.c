@@ -5,9 +5,10 @@
  *
  * The kernel bounds such a queue by nothing. Here each direction is counted,
  * what was sent and what the reader took. One that is too far ahead of its
- * reader goes by TCP. The reader takes what came the short way before what TCP
- * brings, so nothing is overtaken; back to the short way a direction comes when
- * its reader has taken everything, so that again there is nothing to overtake.
+ * reader goes by TCP, which holds the writer back. The reader takes what came
+ * the short way before what TCP brings, so nothing is overtaken; back to the
+ * short way a direction comes when its reader has taken everything, so that
+ * again there is nothing to overtake.
  */
 #include "accel_maps.h"
 
@@ -40,11 +41,12 @@ static __always_inline bool sl_is_short(struct sl_pair *pair, __u32 side, __u32 
 {
 	__s64 queued = pair->sent[side] - pair->taken[side];
 	__u64 caller = bpf_get_current_pid_tgid();
+	__u32 budget = pair->taken[side] ? sl_accel_budget : SL_ACCEL_FIRST;
 
 	if (pair->way[side] == SL_STUCK)
 		return false;
 	queued += pair->during[side];
-	if ((pair->caller[side] && pair->caller[side] != caller) || queued < 0)
+	if ((pair->caller[side] && pair->caller[side] != caller) || queued < 0 || pair->fixed[side])
 		return sl_slow(pair, side, SL_STUCK, SL_ACCEL_STUCK);
 	pair->caller[side] = caller;
 	pair->during[side] += size;
@@ -53,15 +55,15 @@ static __always_inline bool sl_is_short(struct sl_pair *pair, __u32 side, __u32 
 			return false;
 		sl_accel_count(SL_ACCEL_CAUGHT);
 		pair->way[side] = SL_SHORT;
+		pair->messages[side] = 1;
 		return true;
 	}
 	if (!pair->joined)
 		return sl_slow(pair, side, SL_SLOW, SL_ACCEL_EARLY);
-	if (queued + size > sl_accel_budget) {
-		if (++pair->changes[side] > SL_ACCEL_CHANGES)
-			return sl_slow(pair, side, SL_STUCK, SL_ACCEL_STUCK);
+	if (!queued)
+		pair->messages[side] = 0;
+	if (queued + size > budget || ++pair->messages[side] > SL_ACCEL_MESSAGES)
 		return sl_slow(pair, side, SL_SLOW, SL_ACCEL_BEHIND);
-	}
 	if (!sl_accel_on())
 		pair->way[side] = SL_SLOW;
 	return pair->way[side] == SL_SHORT;
@@ -102,6 +104,35 @@ int sl_msg(struct sk_msg_md *msg)
 	return SK_PASS;
 }
 
+/* What __builtin_preserve_field_info is asked for: where a bit field lies in this kernel. */
+enum {
+	SL_BYTE_OFFSET = 0,
+	SL_LSHIFT = 4,
+	SL_RSHIFT = 5,
+};
+
+/* As far as it is read here; the loader finds the field's place in this kernel. */
+struct sock {
+	__u8 sk_userlocks : 4;
+} __attribute__((preserve_access_index));
+
+/*
+ * Whether an application has fixed the size of the socket's receive buffer.
+ *
+ * What waits in the queue of the short way counts against that buffer, which
+ * may then be full while TCP has promised room in it: segments are dropped, and
+ * sent again 200 ms later. A buffer of no fixed size grows in time.
+ */
+static __always_inline bool sl_is_fixed(struct sock *sk)
+{
+	__u64 locks;
+
+	locks = *((__u8 *)sk + __builtin_preserve_field_info(sk->sk_userlocks, SL_BYTE_OFFSET));
+	locks <<= __builtin_preserve_field_info(sk->sk_userlocks, SL_LSHIFT);
+	locks >>= __builtin_preserve_field_info(sk->sk_userlocks, SL_RSHIFT);
+	return locks & SOCK_RCVBUF_LOCK;
+}
+
 /* The pair of a socket and its side in it; NULL if it is in none. */
 static __always_inline struct sl_pair *sl_pair_of_sock(struct sock *sk, __u32 *side)
 {
@@ -119,13 +150,15 @@ static __always_inline struct sl_pair *sl_pair_of_sock(struct sock *sk, __u32 *s
 SEC("tp_btf/sock_send_length")
 int sl_sent(__u64 *ctx)
 {
+	struct sock *sk = (struct sock *)ctx[0];
 	struct sl_pair *pair;
 	__u32 side = 0;
 	int n = ctx[1];
 
-	pair = sl_pair_of_sock((struct sock *)ctx[0], &side);
+	pair = sl_pair_of_sock(sk, &side);
 	if (!pair)
 		return 0;
+	pair->fixed[!side] = sl_is_fixed(sk);
 	if (n > 0)
 		__sync_fetch_and_add(&pair->sent[side], n);
 	if (pair->caller[side] == bpf_get_current_pid_tgid()) {
@@ -139,14 +172,17 @@ int sl_sent(__u64 *ctx)
 SEC("tp_btf/sock_recv_length")
 int sl_received(__u64 *ctx)
 {
+	struct sock *sk = (struct sock *)ctx[0];
 	struct sl_pair *pair;
 	__u32 side = 0;
 	int n = ctx[1];
 
 	if (n <= 0 || (ctx[2] & MSG_PEEK))
 		return 0;
-	pair = sl_pair_of_sock((struct sock *)ctx[0], &side);
-	if (pair)
-		__sync_fetch_and_add(&pair->taken[!side], n);
+	pair = sl_pair_of_sock(sk, &side);
+	if (!pair)
+		return 0;
+	pair->fixed[!side] = sl_is_fixed(sk);
+	__sync_fetch_and_add(&pair->taken[!side], n);
 	return 0;
 }

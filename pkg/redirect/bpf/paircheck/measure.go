@@ -30,6 +30,7 @@ func measures() []struct {
 	}{
 		{"round_trip_64", func(w, r *end) error { return pingPong(w, r, 64, 500) }},
 		{"round_trip_16k", func(w, r *end) error { return pingPong(w, r, 16<<10, 200) }},
+		{"stream_16k", func(w, r *end) error { return bulk(w, r, 16<<10, 32<<20) }},
 		{"stream_64k", func(w, r *end) error { return bulk(w, r, 64<<10, 32<<20) }},
 	}
 }
