@@ -5,6 +5,8 @@ import (
 	"net"
 	"testing"
 	"time"
+
+	"github.com/sluicemesh/sluice/pkg/redirect/bpf/paircheck"
 )
 
 // TestSmallMessages has a writer send many messages of one byte that nobody
@@ -55,5 +57,34 @@ func TestFixedBuffer(t *testing.T) {
 	talk(t, client, server, 5_000_000)
 	if n := p.event(t, "stuck") - before; n != 1 {
 		t.Errorf("%d directions stay with TCP, want the one to the fixed buffer", n)
+	}
+}
+
+// TestJudge decides over measurements.
+func TestJudge(t *testing.T) {
+	measured := func(ratios ...float64) (gains []paircheck.Gain) {
+		for i := 0; i < len(ratios); i += 2 {
+			gains = append(gains, paircheck.Gain{
+				Plain:       paircheck.Rounds{Shortest: time.Duration(1000 * ratios[i]), Median: time.Duration(1000 * ratios[i+1])},
+				Accelerated: paircheck.Rounds{Shortest: 1000, Median: 1000},
+			})
+		}
+		return gains
+	}
+	for _, c := range []struct {
+		name  string
+		gains []paircheck.Gain
+		want  bool
+	}{
+		{"all gain", measured(1.3, 1.3, 1.1, 1.1), true},
+		{"one gains", measured(1.06, 1.06, 0.99, 0.99), true},
+		{"none gains enough", measured(1.04, 1.04, 1.04, 1.04), false},
+		{"one loses", measured(1.3, 1.3, 0.97, 1.1), false},
+		{"a busy node", measured(1.3, 0.8, 1.3, 0.6), true},
+		{"one stands still now and then", measured(1.3, 1.3, 1.3, 0.1), false},
+	} {
+		if got, reason := judge(c.gains); got != c.want {
+			t.Errorf("%s: %v, %s", c.name, got, reason)
+		}
 	}
 }
