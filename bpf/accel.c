@@ -20,31 +20,32 @@ char LICENSE[] SEC("license") = "GPL";
  */
 volatile const __u32 sl_accel_budget = 0;
 
-/* Sends a direction by TCP, from now on. */
-static __always_inline bool sl_slow(struct sl_pair *pair, __u32 side, enum sl_way way,
-				    enum sl_accel_event why)
+/* Sends a direction by TCP, from now on: nothing goes the short way. */
+static __always_inline __u32 sl_slow(struct sl_pair *pair, __u32 side, enum sl_way way,
+				     enum sl_accel_event why)
 {
 	pair->way[side] = way;
 	sl_accel_count(why);
-	return false;
+	return 0;
 }
 
 /*
- * Whether what this side sends now may go the short way. Called under the lock
- * of the sending socket, once or more for each call of the sender.
+ * How much of what this side sends now goes the short way; about the rest the
+ * kernel asks again. Called under the lock of the sending socket, once or more
+ * for each call of the sender.
  *
  * What a call sends is known when it returns: of what it hands over TCP may
  * refuse a part. While another thread's call has not returned nobody can tell
  * whether the reader has everything.
  */
-static __always_inline bool sl_is_short(struct sl_pair *pair, __u32 side, __u32 size)
+static __always_inline __u32 sl_short(struct sl_pair *pair, __u32 side, __u32 size)
 {
 	__s64 queued = pair->sent[side] - pair->taken[side];
 	__u64 caller = bpf_get_current_pid_tgid();
 	__u32 budget = pair->taken[side] ? sl_accel_budget : SL_ACCEL_FIRST;
 
 	if (pair->way[side] == SL_STUCK)
-		return false;
+		return 0;
 	queued += pair->during[side];
 	if ((pair->caller[side] && pair->caller[side] != caller) || queued < 0 || pair->fixed[side])
 		return sl_slow(pair, side, SL_STUCK, SL_ACCEL_STUCK);
@@ -52,21 +53,25 @@ static __always_inline bool sl_is_short(struct sl_pair *pair, __u32 side, __u32 
 	pair->during[side] += size;
 	if (pair->way[side] == SL_SLOW) {
 		if (queued || !pair->joined || !sl_accel_on())
-			return false;
+			return 0;
 		sl_accel_count(SL_ACCEL_CAUGHT);
 		pair->way[side] = SL_SHORT;
-		pair->messages[side] = 1;
-		return true;
 	}
 	if (!pair->joined)
 		return sl_slow(pair, side, SL_SLOW, SL_ACCEL_EARLY);
 	if (!queued)
 		pair->messages[side] = 0;
-	if (queued + size > budget || ++pair->messages[side] > SL_ACCEL_MESSAGES)
+	if (queued >= budget || ++pair->messages[side] > SL_ACCEL_MESSAGES)
 		return sl_slow(pair, side, SL_SLOW, SL_ACCEL_BEHIND);
-	if (!sl_accel_on())
+	if (!sl_accel_on()) {
 		pair->way[side] = SL_SLOW;
-	return pair->way[side] == SL_SHORT;
+		return 0;
+	}
+	if (size > budget - queued) {
+		pair->during[side] -= size - (budget - queued);
+		size = budget - queued;
+	}
+	return size;
 }
 
 SEC("sk_msg")
@@ -76,7 +81,7 @@ int sl_msg(struct sk_msg_md *msg)
 	struct sl_end *own = sk ? bpf_sk_storage_get(&accel_ends, sk, 0, 0) : 0;
 	struct sl_end peer = {};
 	struct sl_pair *pair;
-	__u32 side;
+	__u32 side, size;
 
 	if (!own)
 		return SK_PASS;
@@ -86,7 +91,10 @@ int sl_msg(struct sk_msg_md *msg)
 	pair = bpf_map_lookup_elem(&accel_pairs, &peer.pair);
 	if (!pair)
 		return SK_PASS; /* an end has closed */
-	if (sl_is_short(pair, side, msg->size)) {
+	size = sl_short(pair, side, msg->size);
+	/* 0 for all of it; else what was said of the first part were true of the next. */
+	bpf_msg_apply_bytes(msg, size < msg->size ? size : 0);
+	if (size) {
 		if (bpf_msg_redirect_hash(msg, &accel_socks, &peer, BPF_F_INGRESS) == SK_PASS)
 			return SK_PASS;
 		sl_slow(pair, side, SL_SLOW, SL_ACCEL_GONE);

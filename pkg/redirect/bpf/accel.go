@@ -33,7 +33,7 @@ func (r *Redirector) Accelerations() []redirect.Acceleration { return r.accel.re
 
 // accelBudget is what one direction of a pair may hold that its reader has not
 // taken, in bytes.
-const accelBudget uint32 = 256 << 10
+const accelBudget uint32 = 512 << 10
 
 // decide finds out what of the node's setting this kernel can do.
 func (r *Redirector) decide(o Options) error {
