@@ -92,8 +92,8 @@ static __always_inline bool sl_may_join(struct bpf_sock_ops *ctx)
 }
 
 /*
- * Has the writer held back early, see SL_ACCEL_UNSENT. This stays when the
- * connection goes by TCP alone: on one node TCP is not slower for it.
+ * Has the writer held back early, see SL_ACCEL_UNSENT. It stays so when the
+ * socket has left its pair: plain TCP on one node hardly notices.
  */
 static __always_inline bool sl_hold_early(struct bpf_sock_ops *ctx)
 {
