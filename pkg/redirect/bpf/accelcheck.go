@@ -27,7 +27,7 @@ import (
 
 const (
 	// selfTestDeadline bounds all of the self-test, checkLimit what one check
-	// waits for. It takes two seconds on a node that is not busy.
+	// waits for. It takes four seconds on a node that is not busy.
 	selfTestDeadline = 30 * time.Second
 	checkLimit       = 5 * time.Second
 	// checkSize is what the largest checks send: several times what the budget
