@@ -91,6 +91,19 @@ static __always_inline bool sl_may_join(struct bpf_sock_ops *ctx)
 	return !sl_have_mptcp || !bpf_skc_to_mptcp_sock(sk);
 }
 
+/*
+ * Has the writer held back early, see SL_ACCEL_UNSENT. It stays so when the
+ * socket has left its pair: plain TCP on one node hardly notices.
+ */
+static __always_inline bool sl_hold_early(struct bpf_sock_ops *ctx)
+{
+	__u32 unsent = SL_ACCEL_UNSENT, mss = ctx->mss_cache;
+
+	if (unsent < 2 * mss)
+		unsent = 2 * mss;
+	return !bpf_setsockopt(ctx, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
+}
+
 /* Makes the socket an end. */
 static __always_inline bool sl_join(struct bpf_sock_ops *ctx, struct sl_end *end)
 {
@@ -104,8 +117,11 @@ static __always_inline bool sl_join(struct bpf_sock_ops *ctx, struct sl_end *end
 		return false;
 	*own = *end;
 	if (!bpf_sock_hash_update(ctx, &accel_socks, end, BPF_NOEXIST)) {
-		sl_ask_for_states(ctx);
-		return true;
+		if (sl_hold_early(ctx)) {
+			sl_ask_for_states(ctx);
+			return true;
+		}
+		bpf_map_delete_elem(&accel_socks, end);
 	}
 	bpf_sk_storage_delete(&accel_ends, sk);
 	return false;

@@ -54,17 +54,29 @@ struct sl_pair {
 	__u64 caller[2]; /* the thread that is sending; 0: none */
 	__u32 during[2]; /* bytes that it has handed over since it began */
 	enum sl_way way[2];
-	__u32 changes[2]; /* how often it was too far ahead of its reader */
-	__u32 joined;	  /* both ends are in */
-	__u32 pad;
+	__u32 messages[2]; /* that went the short way since the reader had everything */
+	__u32 joined;	   /* both ends are in */
+	__u8 fixed[2];	   /* the reader's receive buffer cannot grow */
+	__u16 pad;
 };
 _Static_assert(sizeof(struct sl_pair) == 80, "sl_pair");
 
 /*
- * How often a direction may change over to TCP before it stays there: that is a
- * stream of much data, which gains nothing from going to and fro.
+ * How many messages one direction may hold that its reader has not taken: the
+ * kernel (6.18) needs 1 KiB for each, however small it is.
  */
-#define SL_ACCEL_CHANGES 8
+#define SL_ACCEL_MESSAGES 256
+
+/* What a direction may hold before its reader's buffer is known. */
+#define SL_ACCEL_FIRST (32 << 10)
+
+/*
+ * A writer is held back when it has handed over so much to TCP that TCP could
+ * not send, whatever its buffer has room for. So little goes by TCP while a
+ * reader is behind that it has taken everything soon after the writer wakes. Not
+ * less, for a corked socket holds back as much as a segment for up to 200 ms.
+ */
+#define SL_ACCEL_UNSENT (16 << 10)
 
 enum sl_accel_event {
 	SL_ACCEL_JOINED, /* pairs */
@@ -141,7 +153,7 @@ struct {
 /*
  * key     socket
  * value   the end of a pair that it is
- * writer  connect, sockops
+ * writer  connect, sockops, the tracepoints
  * reader  sockops, sk_msg, the tracepoints
  * full    cannot be: it lives and dies with the socket. No memory: the pair is
  *         not accelerated

@@ -32,7 +32,10 @@ static long (*const bpf_map_delete_elem)(void *map, const void *key) = (void *)3
 static __u64 (*const bpf_get_current_pid_tgid)(void) = (void *)14;
 static __u64 (*const bpf_get_current_uid_gid)(void) = (void *)15;
 static __u64 (*const bpf_get_socket_cookie)(void *ctx) = (void *)46;
+static long (*const bpf_setsockopt)(void *ctx, int level, int optname, void *optval,
+				    int optlen) = (void *)49;
 static long (*const bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
+static long (*const bpf_msg_apply_bytes)(struct sk_msg_md *msg, __u32 bytes) = (void *)61;
 static long (*const bpf_skb_load_bytes_relative)(const void *skb, __u32 offset, void *to, __u32 len,
 						 __u32 start) = (void *)68;
 static long (*const bpf_sock_hash_update)(struct bpf_sock_ops *ctx, void *map, void *key,

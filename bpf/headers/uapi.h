@@ -26,12 +26,14 @@ typedef __u32 __be32;
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80
+#define TCP_NOTSENT_LOWAT 25
 #define IPPROTO_TCP 6
 #define IPPROTO_MPTCP 262
 #define ETH_P_IP 0x0800
 #define ETH_P_IPV6 0x86dd
 #define EINVAL 22
 #define MSG_PEEK 2
+#define SOCK_RCVBUF_LOCK 2
 
 enum bpf_map_type {
 	BPF_MAP_TYPE_HASH = 1,

@@ -32,10 +32,8 @@ var _ redirect.Accelerator = (*Redirector)(nil)
 func (r *Redirector) Accelerations() []redirect.Acceleration { return r.accel.results }
 
 // accelBudget is what one direction of a pair may hold that its reader has not
-// taken, in bytes. The kernel counts it against the reader's receive buffer,
-// which begins with 128 KiB: if it were full when a direction changes over to
-// TCP, the window would be closed and the stream stand still for 200 ms.
-const accelBudget uint32 = 64 << 10
+// taken, in bytes.
+const accelBudget uint32 = 512 << 10
 
 // decide finds out what of the node's setting this kernel can do.
 func (r *Redirector) decide(o Options) error {

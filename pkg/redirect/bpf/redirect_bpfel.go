@@ -78,15 +78,16 @@ type redirectSlName struct {
 }
 
 type redirectSlPair struct {
-	_       structs.HostLayout
-	Sent    [2]uint64
-	Taken   [2]uint64
-	Caller  [2]uint64
-	During  [2]uint32
-	Way     [2]uint32
-	Changes [2]uint32
-	Joined  uint32
-	Pad     uint32
+	_        structs.HostLayout
+	Sent     [2]uint64
+	Taken    [2]uint64
+	Caller   [2]uint64
+	During   [2]uint32
+	Way      [2]uint32
+	Messages [2]uint32
+	Joined   uint32
+	Fixed    [2]uint8
+	Pad      uint16
 }
 
 type redirectSlPairKey struct {

@@ -158,8 +158,9 @@ type dialer struct {
 }
 
 // newDialer listens on a port of an address of loopback. With a buffer each
-// end's two buffers have that size, whatever the node's sysctls are; with 0 the
-// kernel chooses.
+// end's send buffer has that size, whatever the node's sysctls are; with 0 the
+// kernel chooses. The receive buffers stay as they are: ends with fixed ones are
+// not joined.
 func newDialer(ip net.IP, port int, limit time.Duration, buffer int) (*dialer, error) {
 	d := &dialer{family: unix.AF_INET6, limit: limit, buffer: buffer}
 	if v4 := ip.To4(); v4 != nil {
@@ -182,14 +183,12 @@ func newDialer(ip net.IP, port int, limit time.Duration, buffer int) (*dialer, e
 
 func (d *dialer) close() error { return unix.Close(d.listener) }
 
-// size sets the buffers of a socket.
+// size sets the send buffer of a socket.
 func (d *dialer) size(fd int) error {
 	if d.buffer == 0 {
 		return nil
 	}
-	return errors.Join(
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, d.buffer),
-		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, d.buffer))
+	return unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, d.buffer)
 }
 
 // dial returns both ends of a new connection.
@@ -199,7 +198,7 @@ func (d *dialer) dial() (client, server *end, err error) {
 		return nil, nil, fmt.Errorf("open socket: %w", err)
 	}
 	if err := d.size(client.fd); err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("set size of buffers: %w", err), client.close())
+		return nil, nil, errors.Join(fmt.Errorf("set size of buffer: %w", err), client.close())
 	}
 	if err := unix.Connect(client.fd, d.to); err != nil && !errors.Is(err, unix.EINPROGRESS) {
 		return nil, nil, errors.Join(fmt.Errorf("connect: %w", err), client.close())

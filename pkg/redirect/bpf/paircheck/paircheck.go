@@ -15,7 +15,7 @@ const (
 	plainPort = 15003
 )
 
-// buffer is the size of all buffers while checks run: small enough that a
+// buffer is the size of all send buffers while checks run: small enough that a
 // reader that has stopped is soon noticed.
 const buffer = 200 << 10
 
