@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/tests/envoytest"
@@ -266,6 +268,34 @@ func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) {
 	}
 	if n := made("passthrough"); n > 0 {
 		t.Errorf("%s: %d connections were to no service", m.name, n)
+	}
+}
+
+// disconnect ends the connections that the Envoys keep for HTTP: the next mode's
+// have to take its own way. Sluice's Envoys never do that by themselves.
+func (p *pair) disconnect(t *testing.T) {
+	t.Helper()
+	for _, pod := range []*netnstest.Pod{p.client, p.server} {
+		err := pod.Do(func() error {
+			all, err := netlink.SocketDiagTCP(unix.AF_INET)
+			if err != nil {
+				return fmt.Errorf("list sockets: %w", err)
+			}
+			for _, s := range all {
+				to := net.TCPAddr{IP: s.ID.Destination, Port: int(s.ID.DestinationPort)}
+				if s.State != netlink.TCP_ESTABLISHED || !to.IP.Equal(p.server.Addr4.AsSlice()) {
+					continue
+				}
+				err := netlink.SocketDestroy(&net.TCPAddr{IP: s.ID.Source, Port: int(s.ID.SourcePort)}, &to)
+				if err != nil && !errors.Is(err, unix.ENOENT) {
+					return fmt.Errorf("end a connection to %s: %w", &to, err)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
