@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,6 +33,36 @@ func NewCgroup(tb testing.TB) string {
 	tb.Cleanup(func() {
 		if err := removeCgroup(dir); err != nil {
 			tb.Error(err)
+		}
+	})
+	return dir
+}
+
+// EnterCgroup is NewCgroup and puts this process, and so all that it starts, there
+// until tb ends: it can stand for the node's root.
+func EnterCgroup(tb testing.TB) string {
+	tb.Helper()
+	dir := NewCgroup(tb)
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		tb.Fatalf("find own cgroup: %v", err)
+	}
+	root := filepath.Dir(dir)
+	var own string
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			own = filepath.Join(root, strings.TrimSpace(path))
+		}
+	}
+	enter := func(dir string) error {
+		return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
+	}
+	if err := enter(dir); err != nil {
+		tb.Fatalf("enter cgroup: %v", err)
+	}
+	tb.Cleanup(func() {
+		if err := enter(own); err != nil {
+			tb.Errorf("leave cgroup: %v", err)
 		}
 	})
 	return dir

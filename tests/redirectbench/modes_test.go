@@ -109,7 +109,7 @@ type node struct {
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	cgroup := enterCgroup(t)
+	cgroup := netnstest.EnterCgroup(t)
 	n := &node{pair: newPair(t)}
 	dir := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(dir, "bpf"), 0o755); err != nil {

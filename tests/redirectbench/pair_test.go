@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -354,34 +353,4 @@ func netstat(text, name string) (int, error) {
 		}
 	}
 	return 0, fmt.Errorf("there is no %s", name)
-}
-
-// enterCgroup puts this process, and so all that it starts, into a cgroup of its
-// own until the test ends: it stands for the node's root.
-func enterCgroup(t *testing.T) string {
-	t.Helper()
-	dir := netnstest.NewCgroup(t)
-	b, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		t.Fatalf("find own cgroup: %v", err)
-	}
-	root := filepath.Dir(dir)
-	var own string
-	for line := range strings.Lines(string(b)) {
-		if path, ok := strings.CutPrefix(line, "0::"); ok {
-			own = filepath.Join(root, strings.TrimSpace(path))
-		}
-	}
-	enter := func(dir string) error {
-		return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
-	}
-	if err := enter(dir); err != nil {
-		t.Fatalf("enter cgroup: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := enter(own); err != nil {
-			t.Errorf("leave cgroup: %v", err)
-		}
-	})
-	return dir
 }

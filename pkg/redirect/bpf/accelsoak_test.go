@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
+	"github.com/sluicemesh/sluice/tests/netnstest"
 )
 
 // TestSoak sends random streams over connections of both places until TOTAL
@@ -67,6 +68,7 @@ func TestSoak(t *testing.T) {
 
 func runSoak(t *testing.T, o Options, place redirect.Place, total int64, seed uint64) {
 	t.Helper()
+	o.Cgroup = netnstest.EnterCgroup(t) // hours long: nobody else's sockets
 	p := newProxies(t, o)
 	s := &soak{data: make([]byte, 8<<20), seed: seed, total: total, app: place == redirect.PlaceLoopback}
 	_, err := rand.NewChaCha8([32]byte{byte(seed)}).Read(s.data)
@@ -111,7 +113,7 @@ func runSoak(t *testing.T, o Options, place redirect.Place, total int64, seed ui
 // what they dial. For loopback this process is the application and its proxy.
 func (p *proxies) listen(t *testing.T, place redirect.Place, addr netip.Addr) (net.Listener, netip.AddrPort) {
 	t.Helper()
-	pod, port := p.server, uint16(redirect.InboundPort)
+	pod, port := p.server, redirect.InboundPort
 	if place == redirect.PlaceLoopback {
 		app := p.w[0]
 		app.Policy.ProxyUID = anyUID
@@ -166,7 +168,7 @@ type dialer struct {
 }
 
 // connDeadline bounds all that one connection does.
-const connDeadline = time.Minute
+const connDeadline = 5 * time.Minute
 
 func (d *dialer) connect() (client, server *net.TCPConn, err error) {
 	d.Lock()
