@@ -83,15 +83,16 @@ func (n *node) missing(m mode) string {
 	if len(m.places) == 0 {
 		return ""
 	}
+	why := ""
 	for _, a := range n.accelerations {
 		switch wanted := slices.Contains(m.places, a.Place); {
 		case wanted && !a.Right:
 			return fmt.Sprintf("%s: %s", a.Place, a.Reason)
 		case a.Right && !wanted:
-			return fmt.Sprintf("%s cannot be left out", a.Place)
+			why = fmt.Sprintf("%s cannot be left out", a.Place)
 		}
 	}
-	return ""
+	return why
 }
 
 // A node is where the modes take turns: the pair that is measured, and other pods
@@ -173,8 +174,7 @@ func (n *node) in(t *testing.T, m mode, f func()) {
 	before, tracked := n.passed(t), n.tracked(t)
 	f()
 	n.disconnect(t)
-	n.checkWay(t, m, before, n.passed(t))
-	n.checkJoined(t, m, joined())
+	n.checkJoined(t, m, joined(), n.checkWay(t, m, before, n.passed(t)))
 	// Rules that an earlier mode has left would have the kernel track connections;
 	// those that it tracked then are forgotten in time.
 	after := n.tracked(t)
@@ -225,15 +225,24 @@ func events(t *testing.T, r redirect.Redirector) map[string]uint64 {
 	return counted
 }
 
-// checkJoined wants pairs to have been joined in an accelerated mode alone, and
-// adds up the events. A backend's maps, and so its counts, begin with each turn.
-func (n *node) checkJoined(t *testing.T, m mode, counted map[string]uint64) {
+// checkJoined wants pairs to have been joined in an accelerated mode alone: of
+// peers all connections between the two Envoys. It adds up the events: a
+// backend's maps, and so its counts, begin with each turn.
+func (n *node) checkJoined(t *testing.T, m mode, counted map[string]uint64, connections uint64) {
 	t.Helper()
-	if joined := counted["joined"]; (joined > 0) != (len(m.places) > 0) {
-		t.Errorf("%s: %d pairs were joined", m.name, joined)
+	least := uint64(1)
+	if slices.Contains(m.places, redirect.PlacePeer) {
+		least = connections
 	}
+	joined := counted["joined"]
 	if len(m.places) == 0 {
+		if joined > 0 {
+			t.Errorf("%s: %d pairs were joined", m.name, joined)
+		}
 		return
+	}
+	if joined < least {
+		t.Errorf("%s: %d pairs were joined of %d connections", m.name, joined, connections)
 	}
 	if n.events[m.name] == nil {
 		n.events[m.name] = map[string]uint64{}

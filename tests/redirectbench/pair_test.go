@@ -246,8 +246,9 @@ var clusters = map[way][2]string{
 	captured: {"out/bench/bench/", "in/"},
 }
 
-// checkWay wants the connections of a mode to have passed its clusters alone.
-func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) {
+// checkWay wants the connections of a mode to have passed its clusters alone, and
+// returns how many the client's Envoy has made for it.
+func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) uint64 {
 	t.Helper()
 	made := func(prefix string) (sum uint64) {
 		for name, v := range after {
@@ -268,6 +269,10 @@ func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) {
 	if n := made("passthrough"); n > 0 {
 		t.Errorf("%s: %d connections were to no service", m.name, n)
 	}
+	if m.way == direct {
+		return 0
+	}
+	return made(clusters[m.way][0])
 }
 
 // disconnect ends the connections that the Envoys keep for HTTP: the next mode's

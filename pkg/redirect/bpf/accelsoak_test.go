@@ -87,12 +87,28 @@ func runSoak(t *testing.T, o Options, place redirect.Place, total int64, seed ui
 		}})
 	}
 	start := time.Now()
-	err = s.run()
-	took := time.Since(start)
-	events, eventsErr := p.r.AccelerationEvents()
-	t.Logf("TEST_SEED=%d: %d MB in %v, %.0f MB/s; %d connections, %d of them reset; %v",
-		seed, s.read.Load()>>20, took.Round(time.Millisecond), float64(s.read.Load())/1e6/took.Seconds(), s.done.Load(), s.resets.Load(), events)
-	if err := errors.Join(err, eventsErr); err != nil {
+	report := func() map[string]uint64 {
+		took := time.Since(start)
+		events, err := p.r.AccelerationEvents()
+		if err != nil {
+			t.Error(err)
+		}
+		t.Logf("%d MB in %v, %.0f MB/s; %d connections, %d of them reset; %v", s.read.Load()/1e6,
+			took.Round(time.Millisecond), float64(s.read.Load())/1e6/took.Seconds(), s.done.Load(), s.resets.Load(), events)
+		return events
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.run() }()
+	for running := true; running; {
+		select {
+		case err = <-ended:
+			running = false
+		case <-time.After(time.Minute):
+			report()
+		}
+	}
+	events := report()
+	if err != nil {
 		t.Fatalf("TEST_SEED=%d: %v", seed, err)
 	}
 	if o.Accelerate == redirect.AccelerateOff {

@@ -67,11 +67,17 @@ func open(tb testing.TB, o Options) *Redirector {
 // TestConformance runs without acceleration, with SLUICE_TEST_ACCELERATE=on with
 // it.
 func TestConformance(t *testing.T) {
-	o := newOptions(t)
-	if os.Getenv("SLUICE_TEST_ACCELERATE") == "on" {
-		o = accelerated(t)
+	if os.Getenv("SLUICE_TEST_ACCELERATE") != "on" {
+		redirecttest.Run(t, redirect.BackendEBPF, opener(newOptions(t)))
+		return
 	}
+	o := accelerated(t)
 	redirecttest.Run(t, redirect.BackendEBPF, opener(o))
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	if events, err := r.AccelerationEvents(); err != nil || events["joined"] == 0 {
+		t.Errorf("no pair was joined: %v, %v", events, err)
+	}
 }
 
 // opener opens the backend with options on a node.
