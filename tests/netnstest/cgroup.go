@@ -54,18 +54,24 @@ func EnterCgroup(tb testing.TB) string {
 			own = filepath.Join(root, strings.TrimSpace(path))
 		}
 	}
-	enter := func(dir string) error {
-		return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
-	}
 	if err := enter(dir); err != nil {
-		tb.Fatalf("enter cgroup: %v", err)
+		tb.Fatal(err)
 	}
 	tb.Cleanup(func() {
 		if err := enter(own); err != nil {
-			tb.Errorf("leave cgroup: %v", err)
+			tb.Error(err)
 		}
 	})
 	return dir
+}
+
+// enter puts this process into a cgroup.
+func enter(dir string) error {
+	err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
+	if err != nil {
+		return fmt.Errorf("enter cgroup: %w", err)
+	}
+	return nil
 }
 
 // removeCgroup removes a cgroup and those below it. The kernel counts processes
@@ -117,6 +123,9 @@ func discardCgroups(pid int) error {
 		}
 	}
 	var errs []error
+	if pid == os.Getpid() && len(dirs) > 0 { // it may be in one, see EnterCgroup
+		errs = append(errs, enter(root))
+	}
 	for _, dir := range dirs {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("end processes of cgroup: %w", err))
