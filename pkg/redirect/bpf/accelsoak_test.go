@@ -117,9 +117,10 @@ func runSoak(t *testing.T, o Options, place redirect.Place, total int64, seed ui
 		}
 		return
 	}
-	// All connections are joined, and go over and back about once each.
-	changes := uint64(s.done.Load()) / 2
-	if events["joined"] != uint64(s.done.Load()) || events["behind"] < changes || events["caught_up"] < changes {
+	// Connections are joined (but for one whose first ACK was lost), and go over
+	// and back about once each.
+	done := uint64(s.done.Load())
+	if events["joined"] < done-done/100 || events["behind"] < done/2 || events["caught_up"] < done/2 {
 		t.Errorf("too little was tried: %v", events)
 	}
 	p.wantEmpty(t)
