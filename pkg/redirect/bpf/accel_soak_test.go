@@ -43,6 +43,7 @@ func TestSoak(t *testing.T) {
 			t.Fatalf("TEST_SEED: %v", err)
 		}
 	}
+	t.Logf("TEST_SEED=%d", seed)
 	t.Run("plain", func(t *testing.T) {
 		o := accelerated(t)
 		o.Accelerate = redirect.AccelerateOff
@@ -109,7 +110,7 @@ func runSoak(t *testing.T, o Options, place redirect.Place, total int64, seed ui
 	}
 	events := report()
 	if err != nil {
-		t.Fatalf("TEST_SEED=%d: %v", seed, err)
+		t.Fatal(err)
 	}
 	if o.Accelerate == redirect.AccelerateOff {
 		if events["joined"] > 0 {
