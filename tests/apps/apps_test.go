@@ -56,6 +56,9 @@ func TestApps(t *testing.T) {
 				}
 			})
 		}
+		if p.Accelerated() && p.Metric(t, "sluice_acceleration_events_total", `event="joined"`) == 0 {
+			t.Error("no connections between the sidecars were accelerated")
+		}
 	})
 	show(rows)
 }

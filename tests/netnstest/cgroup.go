@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -34,6 +36,42 @@ func NewCgroup(tb testing.TB) string {
 		}
 	})
 	return dir
+}
+
+// EnterCgroup is NewCgroup and puts this process, and so all that it starts, there
+// until tb ends: it can stand for the node's root.
+func EnterCgroup(tb testing.TB) string {
+	tb.Helper()
+	dir := NewCgroup(tb)
+	b, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		tb.Fatalf("find own cgroup: %v", err)
+	}
+	root := filepath.Dir(dir)
+	var own string
+	for line := range strings.Lines(string(b)) {
+		if path, ok := strings.CutPrefix(line, "0::"); ok {
+			own = filepath.Join(root, strings.TrimSpace(path))
+		}
+	}
+	if err := enter(dir); err != nil {
+		tb.Fatal(err)
+	}
+	tb.Cleanup(func() {
+		if err := enter(own); err != nil {
+			tb.Error(err)
+		}
+	})
+	return dir
+}
+
+// enter puts this process into a cgroup.
+func enter(dir string) error {
+	err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
+	if err != nil {
+		return fmt.Errorf("enter cgroup: %w", err)
+	}
+	return nil
 }
 
 // removeCgroup removes a cgroup and those below it. The kernel counts processes
@@ -85,6 +123,9 @@ func discardCgroups(pid int) error {
 		}
 	}
 	var errs []error
+	if pid == os.Getpid() && len(dirs) > 0 { // it may be in one, see EnterCgroup
+		errs = append(errs, enter(root))
+	}
 	for _, dir := range dirs {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, fmt.Errorf("end processes of cgroup: %w", err))

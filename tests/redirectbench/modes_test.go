@@ -3,6 +3,7 @@ package redirectbench
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -26,8 +27,8 @@ type mode struct {
 	backend redirect.Backend
 	// policy changes the default policy of both; may be nil.
 	policy func(*redirect.Policy)
-	// options changes those of the eBPF backend; may be nil.
-	options func(*bpf.Options)
+	// places are those in which connections are to be accelerated, and no others.
+	places []redirect.Place
 	// asked modes are measured only when they are asked for by name.
 	asked bool
 }
@@ -47,6 +48,9 @@ var modes = []mode{
 	{name: modeSame, way: same},
 	{name: modeIPTables, way: captured, backend: redirect.BackendIPTables},
 	{name: modeEBPF, way: captured, backend: redirect.BackendEBPF},
+	{name: "eBPF + peer", way: captured, backend: redirect.BackendEBPF, places: []redirect.Place{redirect.PlacePeer}},
+	{name: "eBPF + loopback", way: captured, backend: redirect.BackendEBPF, places: []redirect.Place{redirect.PlaceLoopback}},
+	{name: "eBPF + both", way: captured, backend: redirect.BackendEBPF, places: []redirect.Place{redirect.PlacePeer, redirect.PlaceLoopback}},
 	// What the hooks cost connections that they let pass.
 	{name: "excluded", way: same, backend: redirect.BackendEBPF, policy: excludeSame, asked: true},
 }
@@ -58,12 +62,37 @@ func excludeSame(p *redirect.Policy) {
 }
 
 // chosen are the modes that this run is to measure; without those in which
-// nothing is redirected, but for the one that the others are held to.
-func chosen(redirected bool) []mode {
+// nothing is redirected, but for the one that the others are held to, and without
+// those that this node cannot have.
+func (n *node) chosen(redirected bool) []mode {
 	return slices.DeleteFunc(slices.Clone(modes), func(m mode) bool {
-		return redirected && m.backend == "" && m.way != same ||
-			m.asked && *only == "" || *only != "" && !slices.Contains(strings.Split(*only, ","), m.name)
+		return redirected && m.backend == "" && m.way != same || !asked(m) || n.missing(m) != ""
 	})
+}
+
+func asked(m mode) bool {
+	if *only == "" {
+		return !m.asked
+	}
+	return slices.Contains(strings.Split(*only, ","), m.name)
+}
+
+// missing says why a mode cannot be had here; "" if it can. The eBPF backend is
+// accelerated in all places that this kernel does right, or in none.
+func (n *node) missing(m mode) string {
+	if len(m.places) == 0 {
+		return ""
+	}
+	why := ""
+	for _, a := range n.accelerations {
+		switch wanted := slices.Contains(m.places, a.Place); {
+		case wanted && !a.Right:
+			return fmt.Sprintf("%s: %s", a.Place, a.Reason)
+		case a.Right && !wanted:
+			why = fmt.Sprintf("%s cannot be left out", a.Place)
+		}
+	}
+	return why
 }
 
 // A node is where the modes take turns: the pair that is measured, and other pods
@@ -73,19 +102,46 @@ type node struct {
 	others []*netnstest.Pod
 	ebpf   bpf.Options
 	iptab  iptables.Options
+	// accelerations is what this kernel can do; events what became of the
+	// connections of each accelerated mode.
+	accelerations []redirect.Acceleration
+	events        map[string]map[string]uint64
 }
 
 func newNode(t *testing.T) *node {
 	t.Helper()
-	cgroup := enterCgroup(t)
+	cgroup := netnstest.EnterCgroup(t)
 	n := &node{pair: newPair(t)}
 	dir := t.TempDir()
 	if err := os.MkdirAll(filepath.Join(dir, "bpf"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	n.ebpf = bpf.Options{PinDir: filepath.Join(dir, "bpf", "sluice"), Cgroup: cgroup, HostNetns: n.host.Netns}
+	n.ebpf.AccelerateCache = filepath.Join(dir, "accelerate.json")
 	n.iptab = iptables.Options{StateDir: filepath.Join(dir, "iptables"), Cgroup: cgroup, HostNetns: n.host.Netns}
+	n.events = map[string]map[string]uint64{}
+	n.tryAcceleration(t)
 	return n
+}
+
+// tryAcceleration finds out what can be accelerated, and names what is not.
+func (n *node) tryAcceleration(t *testing.T) {
+	t.Helper()
+	o := n.ebpf
+	o.Accelerate = redirect.AccelerateAuto
+	r, err := bpf.New(o)
+	if err != nil {
+		t.Fatalf("try acceleration: %v", err)
+	}
+	n.accelerations = r.Accelerations()
+	if err := errors.Join(r.Close(), bpf.Uninstall(t.Context(), o)); err != nil {
+		t.Fatalf("remove backend: %v", err)
+	}
+	for _, m := range modes {
+		if why := n.missing(m); asked(m) && why != "" {
+			fmt.Printf("%s is not measured: %s\n", m.name, why)
+		}
+	}
 }
 
 // fill makes the node have so many pods, the pair among them.
@@ -100,9 +156,11 @@ func (n *node) fill(t *testing.T, pods int) {
 // to take the mode's way.
 func (n *node) in(t *testing.T, m mode, f func()) {
 	t.Helper()
+	joined := func() map[string]uint64 { return nil }
 	if m.backend != "" {
 		r, remove := n.backend(t, m)
 		defer remove()
+		joined = func() map[string]uint64 { return events(t, r) }
 		for _, pod := range append([]*netnstest.Pod{n.client, n.server}, n.others...) {
 			w := workload(t, pod)
 			if m.policy != nil {
@@ -115,7 +173,8 @@ func (n *node) in(t *testing.T, m mode, f func()) {
 	}
 	before, tracked := n.passed(t), n.tracked(t)
 	f()
-	n.checkWay(t, m, before, n.passed(t))
+	n.disconnect(t)
+	n.checkJoined(t, m, joined(), n.checkWay(t, m, before, n.passed(t)))
 	// Rules that an earlier mode has left would have the kernel track connections;
 	// those that it tracked then are forgotten in time.
 	after := n.tracked(t)
@@ -131,8 +190,8 @@ func (n *node) backend(t *testing.T, m mode) (r redirect.Redirector, remove func
 	var err error
 	if m.backend == redirect.BackendEBPF {
 		o := n.ebpf
-		if m.options != nil {
-			m.options(&o)
+		if len(m.places) > 0 {
+			o.Accelerate = redirect.AccelerateOn
 		}
 		r, err = bpf.New(o)
 	} else {
@@ -150,6 +209,58 @@ func (n *node) backend(t *testing.T, m mode) (r redirect.Redirector, remove func
 			t.Errorf("%s: remove backend: %v", m.name, err)
 		}
 	}
+}
+
+// events reads what a backend has counted of acceleration.
+func events(t *testing.T, r redirect.Redirector) map[string]uint64 {
+	t.Helper()
+	a, ok := r.(redirect.Accelerator)
+	if !ok {
+		return nil
+	}
+	counted, err := a.AccelerationEvents()
+	if err != nil {
+		t.Fatalf("read events: %v", err)
+	}
+	return counted
+}
+
+// checkJoined wants pairs to have been joined in an accelerated mode alone: of
+// peers all connections between the two Envoys, but for one whose first ACK was
+// lost. It adds up the events: a backend's maps, and so its counts, begin with
+// each turn.
+func (n *node) checkJoined(t *testing.T, m mode, counted map[string]uint64, connections uint64) {
+	t.Helper()
+	least := uint64(1)
+	if slices.Contains(m.places, redirect.PlacePeer) {
+		least = connections - connections/100
+	}
+	joined := counted["joined"]
+	if len(m.places) == 0 {
+		if joined > 0 {
+			t.Errorf("%s: %d pairs were joined", m.name, joined)
+		}
+		return
+	}
+	if joined < least {
+		t.Errorf("%s: %d pairs were joined of %d connections", m.name, joined, connections)
+	}
+	if n.events[m.name] == nil {
+		n.events[m.name] = map[string]uint64{}
+	}
+	for name, count := range counted {
+		n.events[m.name][name] += count
+	}
+}
+
+// printEvents prints what became of accelerated connections so far.
+func (n *node) printEvents() {
+	for _, m := range modes {
+		if e := n.events[m.name]; e != nil {
+			fmt.Printf("%s: %s\n\n", m.name, strings.TrimPrefix(fmt.Sprint(e), "map"))
+		}
+	}
+	clear(n.events)
 }
 
 // untrack removes the chains that iptables leaves without rules: they have the

@@ -7,13 +7,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/tests/envoytest"
@@ -245,8 +246,9 @@ var clusters = map[way][2]string{
 	captured: {"out/bench/bench/", "in/"},
 }
 
-// checkWay wants the connections of a mode to have passed its clusters alone.
-func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) {
+// checkWay wants the connections of a mode to have passed its clusters alone, and
+// returns how many the client's Envoy has made for it.
+func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) uint64 {
 	t.Helper()
 	made := func(prefix string) (sum uint64) {
 		for name, v := range after {
@@ -266,6 +268,38 @@ func (p *pair) checkWay(t *testing.T, m mode, before, after map[string]uint64) {
 	}
 	if n := made("passthrough"); n > 0 {
 		t.Errorf("%s: %d connections were to no service", m.name, n)
+	}
+	if m.way == direct {
+		return 0
+	}
+	return made(clusters[m.way][0])
+}
+
+// disconnect ends the connections that the Envoys keep for HTTP: the next mode's
+// have to take its own way. Sluice's Envoys never do that by themselves.
+func (p *pair) disconnect(t *testing.T) {
+	t.Helper()
+	for _, pod := range []*netnstest.Pod{p.client, p.server} {
+		err := pod.Do(func() error {
+			all, err := netlink.SocketDiagTCP(unix.AF_INET)
+			if err != nil {
+				return fmt.Errorf("list sockets: %w", err)
+			}
+			for _, s := range all {
+				to := net.TCPAddr{IP: s.ID.Destination, Port: int(s.ID.DestinationPort)}
+				if s.State != netlink.TCP_ESTABLISHED || !to.IP.Equal(p.server.Addr4.AsSlice()) {
+					continue
+				}
+				err := netlink.SocketDestroy(&net.TCPAddr{IP: s.ID.Source, Port: int(s.ID.SourcePort)}, &to)
+				if err != nil && !errors.Is(err, unix.ENOENT) {
+					return fmt.Errorf("end a connection to %s: %w", &to, err)
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
@@ -324,34 +358,4 @@ func netstat(text, name string) (int, error) {
 		}
 	}
 	return 0, fmt.Errorf("there is no %s", name)
-}
-
-// enterCgroup puts this process, and so all that it starts, into a cgroup of its
-// own until the test ends: it stands for the node's root.
-func enterCgroup(t *testing.T) string {
-	t.Helper()
-	dir := netnstest.NewCgroup(t)
-	b, err := os.ReadFile("/proc/self/cgroup")
-	if err != nil {
-		t.Fatalf("find own cgroup: %v", err)
-	}
-	root := filepath.Dir(dir)
-	var own string
-	for line := range strings.Lines(string(b)) {
-		if path, ok := strings.CutPrefix(line, "0::"); ok {
-			own = filepath.Join(root, strings.TrimSpace(path))
-		}
-	}
-	enter := func(dir string) error {
-		return os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(os.Getpid())), 0)
-	}
-	if err := enter(dir); err != nil {
-		t.Fatalf("enter cgroup: %v", err)
-	}
-	t.Cleanup(func() {
-		if err := enter(own); err != nil {
-			t.Errorf("leave cgroup: %v", err)
-		}
-	})
-	return dir
 }

@@ -26,7 +26,7 @@ func (n *node) programs(t *testing.T) {
 		t.Fatalf("turn on statistics of programs: %v", err)
 	}
 	defer func() { _ = stop.Close() }()
-	for _, m := range chosen(true) {
+	for _, m := range n.chosen(true) {
 		if m.backend == redirect.BackendEBPF {
 			n.in(t, m, func() { n.programTimes(t, m) })
 		}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/sluicemesh/sluice/pkg/redirect/bpf/paircheck"
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 	"github.com/sluicemesh/sluice/tests/redirectbench/load"
@@ -19,7 +20,15 @@ import (
 // loadEnv is set in the processes that are the ends of the traffic.
 const loadEnv = "REDIRECTBENCH_LOAD"
 
+// TestMain is also the ends of the traffic, and the child that tries acceleration.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == "paircheck" {
+		if err := paircheck.Child(os.Stdin, os.Stdout); err != nil {
+			fmt.Fprintln(os.Stderr, "paircheck:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	if os.Getenv(loadEnv) != "" {
 		os.Exit(load.Run(os.Args[1:], os.Stdin, os.Stdout))
 	}
@@ -48,9 +57,9 @@ func TestRedirect(t *testing.T) {
 	for part := range strings.SplitSeq(*parts, ",") {
 		switch part {
 		case "all":
-			n.turns(t, "2 pods", chosen(false), all)
+			n.turns(t, "2 pods", n.chosen(false), all)
 		case "connect": // the finest of the goals: many connections, and nothing else
-			n.turns(t, "2 pods, connections alone", chosen(false), all[:1])
+			n.turns(t, "2 pods, connections alone", n.chosen(false), all[:1])
 		case "pods":
 			for number := range strings.SplitSeq(*pods, ",") {
 				count, err := strconv.Atoi(number)
@@ -58,7 +67,7 @@ func TestRedirect(t *testing.T) {
 					t.Fatalf("read number of pods: %v", err)
 				}
 				n.fill(t, count)
-				n.turns(t, fmt.Sprintf("%d pods", count), chosen(true), brief)
+				n.turns(t, fmt.Sprintf("%d pods", count), n.chosen(true), brief)
 			}
 			n.others = nil
 		case "open":
@@ -70,6 +79,7 @@ func TestRedirect(t *testing.T) {
 		default:
 			t.Fatalf("there is no part %q", part)
 		}
+		n.printEvents()
 		fmt.Printf("%s: then %s\n\n", part, conditions(t))
 		if t.Failed() {
 			t.FailNow()
@@ -123,20 +133,12 @@ func shuffled(order *rand.Rand, measures []measure) []measure {
 
 func count(n int) int { return max(1, int(float64(n)**scale)) }
 
-// warmUp passes all that a first connection of a mode meets alone. The Envoys
-// keep connections for HTTP: those whose addresses iptables had translated are
-// broken when its rules are gone, and show that by failing once.
+// warmUp passes all that a first connection of a mode meets alone.
 func (n *node) warmUp(t *testing.T, m mode) {
 	t.Helper()
 	n.call(t, load.Request{Op: "connect", Addrs: n.addrs(m.way, load.Echo), N: count(1000), Size: 64})
 	n.call(t, load.Request{Op: "round", Addrs: n.addrs(m.way, load.Echo), N: count(1000), Size: 64})
-	var err error
-	for range 5 {
-		if _, err = n.try(load.Request{Op: "http", Addrs: n.addrs(m.way, load.HTTP), N: 16, Parallel: 16}); err == nil {
-			return
-		}
-	}
-	t.Fatal(err)
+	n.call(t, load.Request{Op: "http", Addrs: n.addrs(m.way, load.HTTP), N: 16, Parallel: 16})
 }
 
 // openTurns is turns with connections open besides.
@@ -157,7 +159,7 @@ func (n *node) openTurns(t *testing.T) {
 		n.call(t, load.Request{Op: "release", Addrs: n.addrs(w, load.Echo), N: 1})
 		return nil
 	}}
-	n.turns(t, fmt.Sprintf("%d open connections", number), chosen(true), slices.Concat([]measure{hold}, brief, []measure{release}))
+	n.turns(t, fmt.Sprintf("%d open connections", number), n.chosen(true), slices.Concat([]measure{hold}, brief, []measure{release}))
 }
 
 // short makes many connections, to two ports in turn, that the server ends at
@@ -165,7 +167,7 @@ func (n *node) openTurns(t *testing.T) {
 func (n *node) short(t *testing.T) {
 	t.Helper()
 	rows := [][]string{{fmt.Sprintf("%d short connections", *short), "SYNs sent again, both pods", "segments sent again, client", "took 0.5 s or longer", "p50, us", "p99, us", "all, s"}}
-	for _, m := range chosen(true) {
+	for _, m := range n.chosen(true) {
 		n.in(t, m, func() {
 			before := n.synsResent(t)
 			res := n.call(t, load.Request{Op: "hello", Addrs: n.addrs(m.way, load.Hello, load.Hello2), N: *short})

@@ -121,6 +121,9 @@ func (n *Node) StartAgent(t *testing.T) {
 	defer func() { _ = log.Close() }()
 	argv := append(slices.Clone(n.Wrap), filepath.Join(n.bin, "sluice-agent"), "run", "--source", "files:"+n.Source, "--backend", n.backend,
 		"--node", "node-a", "--state-dir", n.state, "--pin-dir", PinDir(), "--cni-socket", n.socket(), "--http-addr", HTTPAddr, "--log-level", "debug")
+	if n.Accelerated() {
+		argv = append(argv, "--accelerate", "on")
+	}
 	n.agent = exec.Command(argv[0], argv[1:]...)
 	n.agent.Stdout, n.agent.Stderr = log, log
 	n.agent.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -133,6 +136,12 @@ func (n *Node) StartAgent(t *testing.T) {
 		last = fmt.Sprintf("%d %s %v", code, body, err)
 		return err == nil && code == http.StatusOK
 	}, func() string { return "agent is not ready: " + last })
+}
+
+// Accelerated says whether the environment asks for acceleration, and the backend
+// can have it.
+func (n *Node) Accelerated() bool {
+	return n.backend == "ebpf" && os.Getenv("SLUICE_TEST_ACCELERATE") == "on"
 }
 
 // KillAgent ends the agent with SIGKILL and returns once it is gone.
@@ -183,9 +192,15 @@ func (n *Node) Get(path string) (int, string, error) {
 	return resp.StatusCode, string(b), err
 }
 
-// Connections adds up the agent's sluice_connections_total over the samples
-// that have all of the labels, given as `name="value"`.
+// Connections is Metric of the agent's sluice_connections_total.
 func (n *Node) Connections(t *testing.T, labels ...string) float64 {
+	t.Helper()
+	return n.Metric(t, "sluice_connections_total", labels...)
+}
+
+// Metric adds up one of the agent's metrics over the samples that have all of the
+// labels, given as `name="value"`.
+func (n *Node) Metric(t *testing.T, name string, labels ...string) float64 {
 	t.Helper()
 	_, body, err := n.Get("/metrics")
 	if err != nil {
@@ -195,7 +210,7 @@ func (n *Node) Connections(t *testing.T, labels ...string) float64 {
 	s := bufio.NewScanner(strings.NewReader(body))
 line:
 	for s.Scan() {
-		rest, ok := strings.CutPrefix(s.Text(), "sluice_connections_total{")
+		rest, ok := strings.CutPrefix(s.Text(), name+"{")
 		if !ok {
 			continue
 		}

@@ -11,7 +11,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -20,7 +19,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
-	"github.com/sluicemesh/sluice/pkg/redirect/bpf/paircheck"
 	"github.com/sluicemesh/sluice/tests/need"
 	"github.com/sluicemesh/sluice/tests/netnstest"
 )
@@ -78,58 +76,6 @@ func TestDecision(t *testing.T) {
 	}
 	if _, err := decideAcceleration(t.Context(), o); err == nil {
 		t.Error("another boot's decision was taken over")
-	}
-}
-
-// TestSoak sends random streams over joined connections until TOTAL bytes were
-// read and compared (K, M, G for powers of 1024; 256M by default), with TEST_SEED.
-func TestSoak(t *testing.T) {
-	total, seed := int64(256<<20), rand.Uint64()
-	if v := os.Getenv("TOTAL"); v != "" {
-		digits := strings.TrimRight(v, "KMGB")
-		shift, ok := map[string]int{"": 0, "K": 10, "KB": 10, "M": 20, "MB": 20, "G": 30, "GB": 30}[v[len(digits):]]
-		n, err := strconv.ParseInt(digits, 10, 32)
-		if err != nil || !ok {
-			t.Fatalf("TOTAL %q: want a number with K, M or G", v)
-		}
-		total = n << shift
-	}
-	if v := os.Getenv("TEST_SEED"); v != "" {
-		var err error
-		if seed, err = strconv.ParseUint(v, 10, 64); err != nil {
-			t.Fatalf("TEST_SEED: %v", err)
-		}
-	}
-	o := accelerated(t)
-	trial, missing, err := newTrial(t.Context(), o.withDefaults())
-	if err != nil || missing != nil {
-		t.Fatal(err, missing)
-	}
-	defer func() {
-		if err := trial.close(); err != nil {
-			t.Error(err)
-		}
-		if _, err := os.Stat(trial.cgroup); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("the trial's cgroup %s: %v", trial.cgroup, err)
-		}
-	}()
-	start := time.Now()
-	a, err := trial.ask(paircheck.Options{Seed: seed, Total: total, Size: 4 << 20, Limit: time.Minute, IPv6: hasIPv6()})
-	if err != nil {
-		t.Fatalf("TEST_SEED=%d: %v", seed, err)
-	}
-	events, err := readEvents(&trial.objects.redirectMaps)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("TEST_SEED=%d: %d bytes over %d connections in %v; %v", seed, a.Soaked.Bytes, a.Soaked.Connections, time.Since(start).Round(time.Millisecond), events)
-	// All connections are joined, and many change over and back.
-	changes := uint64(total >> 23)
-	if events["joined"] < uint64(a.Soaked.Connections) || events["behind"] < changes || events["caught_up"] < changes {
-		t.Errorf("too little was tried: %v", events)
-	}
-	if n := entries(t, trial.objects.AccelPairs) + entries(t, trial.objects.AccelWait); n != 0 {
-		t.Errorf("%d entries are left of connections that have closed", n)
 	}
 }
 

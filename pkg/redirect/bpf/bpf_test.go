@@ -15,16 +15,22 @@ import (
 	"github.com/sluicemesh/sluice/tests/need"
 )
 
-// TestMain is also the child that a trial of acceleration starts.
+// TestMain is also the child that a trial of acceleration starts, and the one
+// that TestKilledProxy kills.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "paircheck" {
-		if err := paircheck.Child(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, "paircheck:", err)
-			os.Exit(1)
-		}
-		return
+	var err error
+	switch {
+	case len(os.Args) > 1 && os.Args[1] == "paircheck":
+		err = paircheck.Child(os.Stdin, os.Stdout)
+	case len(os.Args) > 4 && os.Args[1] == holdArg:
+		err = hold(os.Args[2], os.Args[3], os.Args[4])
+	default:
+		os.Exit(redirecttest.Main(m))
 	}
-	os.Exit(redirecttest.Main(m))
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "%s: %v\n", os.Args[1], err)
+		os.Exit(1)
+	}
 }
 
 // newOptions returns options with a bpffs of the test's own, and uninstalls
@@ -58,9 +64,20 @@ func open(tb testing.TB, o Options) *Redirector {
 	return r
 }
 
+// TestConformance runs without acceleration, with SLUICE_TEST_ACCELERATE=on with
+// it.
 func TestConformance(t *testing.T) {
-	o := newOptions(t)
+	if os.Getenv("SLUICE_TEST_ACCELERATE") != "on" {
+		redirecttest.Run(t, redirect.BackendEBPF, opener(newOptions(t)))
+		return
+	}
+	o := accelerated(t)
 	redirecttest.Run(t, redirect.BackendEBPF, opener(o))
+	r := open(t, o)
+	defer func() { _ = r.Close() }()
+	if events, err := r.AccelerationEvents(); err != nil || events["joined"] == 0 {
+		t.Errorf("no pair was joined: %v, %v", events, err)
+	}
 }
 
 // opener opens the backend with options on a node.

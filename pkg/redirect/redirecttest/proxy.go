@@ -389,9 +389,10 @@ func passOn(c net.Conn, port uint16, service string) {
 	<-done
 }
 
-// carry copies until from ends, and ends that half of to in the same way.
+// carry copies until from ends, and ends that half of to in the same way. Like
+// Envoy without splice(2), which does not see what came the short way.
 func carry(to, from *net.TCPConn) {
-	if _, err := io.Copy(to, from); errors.Is(err, unix.ECONNRESET) {
+	if _, err := io.Copy(to, struct{ io.Reader }{from}); errors.Is(err, unix.ECONNRESET) {
 		_ = to.SetLinger(0) // Close sends a RST
 		_ = to.Close()
 		return

@@ -19,7 +19,6 @@ type Hello struct {
 type Answer struct {
 	Results []Result `json:"results,omitempty"`
 	Gains   []Gain   `json:"gains,omitempty"`
-	Soaked  Soaked   `json:"soaked"`
 	Err     string   `json:"err,omitempty"`
 }
 
@@ -57,12 +56,9 @@ func Child(in io.Reader, out io.Writer) error {
 			return fmt.Errorf("read what to check: %w", err)
 		}
 		var a Answer
-		switch {
-		case o.Measure:
+		if o.Measure {
 			a.Gains, err = measure(o)
-		case o.Total > 0:
-			a.Soaked, err = soak(o)
-		default:
+		} else {
 			a.Results, err = Run(o)
 		}
 		if err != nil {

@@ -44,9 +44,6 @@ type Options struct {
 	Proxy bool
 	// First ends the run at the first check that fails.
 	First bool
-	// Total has streams of random shape sent until so many bytes were read,
-	// instead of checking.
-	Total int64
 	// Measure compares the speed of both instead of checking.
 	Measure bool
 }
