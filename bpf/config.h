@@ -17,6 +17,8 @@
 
 /* Interfaces of a pod of one kind, captured or excluded. */
 #define SL_MAX_IFS 8
+/* lo, in every network namespace. */
+#define SL_LOOPBACK_IF 1
 
 /*
  * Whether the kernel has bpf_skc_to_mptcp_sock (5.19, with CONFIG_MPTCP).

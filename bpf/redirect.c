@@ -686,11 +686,13 @@ int sl_lookup(struct bpf_sk_lookup *ctx)
 	if (!pod)
 		return SK_PASS;
 	/* By address: self traffic names the pod's interface here, not lo. */
-	if (sl_same(&ends.pod, &ends.client) || sl_is_loopback(&ends.client)) {
+	if (sl_same(&ends.pod, &ends.client) || sl_is_loopback(&ends.client) ||
+	    ctx->ingress_ifindex == SL_LOOPBACK_IF) {
 		sl_count(k.netns, SL_IN_SELF);
 		return SK_PASS;
 	}
-	if (!sl_has_if(pod->captured_if, ctx->ingress_ifindex)) {
+	/* One that is not known yet, made anew by somebody, is no way around the proxy. */
+	if (sl_has_if(pod->excluded_if, ctx->ingress_ifindex)) {
 		sl_count(k.netns, SL_IN_EXCLUDED_INTERFACE);
 		return SK_PASS;
 	}
