@@ -31,6 +31,12 @@ volatile const __u8 sl_have_mptcp = 0;
 volatile const __u64 sl_host_netns = 0;
 
 /*
+ * Whether tc programs may put sockets into a map (until Linux 7.2). Where not,
+ * the agent looks for listeners that sockops has missed.
+ */
+volatile const __u8 sl_tc_may_register = 0;
+
+/*
  * How deep the cgroup of a process may lie for a look whether it is a pod's. A
  * kubelet lies two levels below the root, in a container of its own five.
  */
