@@ -17,6 +17,8 @@
 
 /* Interfaces of a pod of one kind, captured or excluded. */
 #define SL_MAX_IFS 8
+/* lo, in every network namespace. */
+#define SL_LOOPBACK_IF 1
 
 /*
  * Whether the kernel has bpf_skc_to_mptcp_sock (5.19, with CONFIG_MPTCP).
@@ -27,6 +29,12 @@ volatile const __u8 sl_have_mptcp = 0;
 
 /* The cookie of the node's own network namespace; 0: not known, no process is exempt. */
 volatile const __u64 sl_host_netns = 0;
+
+/*
+ * Whether tc programs may put sockets into a map (until Linux 7.2). Where not,
+ * the agent looks for listeners that sockops has missed.
+ */
+volatile const __u8 sl_tc_may_register = 0;
 
 /*
  * How deep the cgroup of a process may lie for a look whether it is a pod's. A

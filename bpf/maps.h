@@ -163,7 +163,8 @@ struct {
 /*
  * key     netns cookie, family
  * value   the proxy's socket that listens on the inbound port
- * writer  tcx; the kernel removes a socket that closes
+ * writer  sockops, when it begins to listen. What that has missed: tcx, or where
+ *         it may not, the iterator; the kernel removes a socket that closes
  * reader  tcx, sk_lookup
  * full    the SYN is dropped and counted; sized twice as large as pods
  */

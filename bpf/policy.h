@@ -18,6 +18,13 @@ struct sl_dial {
 	__u16 outsider; /* not in the proxy's container, whatever its user */
 };
 
+/* A socket that listens on the inbound port. */
+struct sl_listen {
+	union sl_addr addr; /* that it is bound to */
+	__u32 family;
+	__u32 bound_if;
+};
+
 static __always_inline enum sl_match sl_port_match(const struct sl_pod *pod,
 						   enum sl_direction direction, __u16 port)
 {
@@ -105,4 +112,20 @@ static __always_inline enum sl_reason sl_outbound(const struct sl_pod *pod, cons
 	if (by_port == SL_MATCH_INCLUDED || by_addr == SL_MATCH_INCLUDED)
 		return SL_OUT_CAPTURED;
 	return SL_OUT_NOT_INCLUDED;
+}
+
+/*
+ * Whether the kernel would give that socket what is sent to the pod's own
+ * address: one on loopback, or on one interface alone, is not the proxy's.
+ */
+static __always_inline bool sl_is_inbound_listener(const struct sl_pod *pod,
+						   const struct sl_listen *l)
+{
+	bool v4 = l->family == AF_INET;
+	union sl_addr own = v4 ? sl_addr4(pod->ip4_be) : pod->ip6;
+	union sl_addr any = {};
+
+	if (v4)
+		any = sl_addr4(0);
+	return !l->bound_if && (sl_same(&l->addr, &any) || sl_same(&l->addr, &own));
 }

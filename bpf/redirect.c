@@ -5,8 +5,8 @@
  * Outbound: connect remembers where a socket wants to go and sends it to the
  * proxy on the pod's own address; sockops hands the destination over to the
  * socket that the proxy accepts; getsockopt and getpeername answer with it.
- * Inbound: tcx sees to it that the proxy's listener is known, sk_lookup gives
- * it the connection. No packet is changed in either direction.
+ * Inbound: sockops makes the proxy's listener known, tcx sees to it that it is,
+ * sk_lookup gives it the connection. No packet is changed in either direction.
  * Probes: what a process of the node dials that belongs to no pod, above all
  * the kubelet, sockops publishes by both its ends, and tcx and sk_lookup let
  * it pass.
@@ -363,6 +363,32 @@ static __always_inline void sl_take(struct bpf_sock_ops *ctx)
 	bpf_map_delete_elem(&handover, &k);
 }
 
+/*
+ * A socket begins to listen: if it can be the proxy's, it takes the place of the
+ * one before. What is missed here, for want of memory or because the socket is
+ * older than the pod's redirection, tc or the agent finds.
+ */
+static __always_inline void sl_listens(struct bpf_sock_ops *ctx)
+{
+	struct sl_listener_key k = {};
+	struct bpf_sock *sk = ctx->sk;
+	struct sl_listen listen;
+	struct sl_pod *pod;
+
+	if (!sk || ctx->local_port != SL_INBOUND_PORT)
+		return;
+	k.netns = bpf_get_netns_cookie(ctx);
+	k.family = sl_u32(sk->family);
+	pod = bpf_map_lookup_elem(&pods, &k.netns);
+	if (!pod)
+		return;
+	listen.addr = sl_sock_source(sk);
+	listen.family = k.family;
+	listen.bound_if = sl_u32(sk->bound_dev_if);
+	if (sl_is_inbound_listener(pod, &listen))
+		bpf_sock_hash_update(ctx, &listeners, &k, BPF_ANY);
+}
+
 SEC("sockops")
 int sl_sockops(struct bpf_sock_ops *ctx)
 {
@@ -383,6 +409,9 @@ int sl_sockops(struct bpf_sock_ops *ctx)
 			sl_retract(ctx);
 			sl_accel_closed(ctx);
 		}
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		sl_listens(ctx);
 		break;
 	}
 	return SK_PASS;
@@ -555,18 +584,51 @@ static __always_inline bool sl_parse(struct __sk_buff *skb, struct sl_syn *syn)
 	return true;
 }
 
-/* Sees to it that the proxy's listener is in listeners. */
-static __always_inline enum sl_reason sl_register(struct __sk_buff *skb, struct sl_syn *syn,
-						  struct sl_listener_key *k)
+/*
+ * Whether a listener is known. The kernel has taken closed sockets out, not those
+ * that were only shut down.
+ */
+static __always_inline bool sl_is_known(struct sl_listener_key *k)
 {
 	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, k);
-	enum sl_reason reason = SL_IN_PROXY_DOWN;
+	bool listens;
 
-	if (sk) {
-		/* The kernel has taken closed sockets out. */
-		bpf_sk_release(sk);
-		return SL_IN_CAPTURED;
+	if (!sk)
+		return false;
+	listens = sl_u32(sk->state) == BPF_TCP_LISTEN;
+	bpf_sk_release(sk);
+	return listens;
+}
+
+/*
+ * Takes the SYN for a listener that is not known under its family. Where tc may
+ * not make it known this SYN alone is given to it: the ACK that answers a SYN
+ * cookie is dropped until the agent has found the listener.
+ */
+static __always_inline enum sl_reason sl_admit(struct __sk_buff *skb, struct sl_listener_key *k,
+					       struct bpf_sock *sk)
+{
+	long err;
+
+	if (sl_tc_may_register) {
+		err = bpf_map_update_elem(&listeners, k, sk, BPF_ANY);
+	} else {
+		/* One that listens for both families is known as one of IPv6. */
+		k->family = sl_u32(sk->family);
+		err = sl_is_known(k) ? 0 : bpf_sk_assign(skb, sk, 0);
 	}
+	return err ? SL_IN_LISTENER_REFUSED : SL_IN_CAPTURED;
+}
+
+/* Sees to it that the SYN can reach the proxy's listener. */
+static __always_inline enum sl_reason sl_find_listener(struct __sk_buff *skb, struct sl_syn *syn,
+						       struct sl_listener_key *k)
+{
+	enum sl_reason reason = SL_IN_PROXY_DOWN;
+	struct bpf_sock *sk;
+
+	if (sl_is_known(k))
+		return SL_IN_CAPTURED;
 	if (syn->family == AF_INET)
 		sk = bpf_skc_lookup_tcp(skb, &syn->tuple, sizeof(syn->tuple.ipv4),
 					BPF_F_CURRENT_NETNS, 0);
@@ -576,8 +638,7 @@ static __always_inline enum sl_reason sl_register(struct __sk_buff *skb, struct 
 	if (!sk)
 		return reason;
 	if (sl_u32(sk->state) == BPF_TCP_LISTEN)
-		reason = bpf_map_update_elem(&listeners, k, sk, BPF_ANY) ? SL_IN_LISTENER_REFUSED
-									 : SL_IN_CAPTURED;
+		reason = sl_admit(skb, k, sk);
 	bpf_sk_release(sk);
 	return reason;
 }
@@ -614,7 +675,7 @@ int sl_ingress(struct __sk_buff *skb)
 		sl_count(k.netns, reason);
 		return TCX_NEXT;
 	}
-	reason = sl_register(skb, &syn, &k);
+	reason = sl_find_listener(skb, &syn, &k);
 	sl_count(k.netns, reason);
 	/* Without its proxy a pod must not be reached: the client tries again. */
 	return reason == SL_IN_CAPTURED ? TCX_NEXT : TCX_DROP;
@@ -643,6 +704,11 @@ static __always_inline enum sk_action sl_steer(struct bpf_sk_lookup *ctx, struct
 	struct bpf_sock *sk = bpf_map_lookup_elem(&listeners, k);
 	long err;
 
+	if (!sk && k->family == AF_INET) {
+		/* One that listens for both families; else the assignment fails. */
+		k->family = AF_INET6;
+		sk = bpf_map_lookup_elem(&listeners, k);
+	}
 	if (!sk) {
 		/* Never the bare application in place of its proxy. */
 		sl_count(k->netns, SL_IN_LISTENER_MISSING);
@@ -686,11 +752,13 @@ int sl_lookup(struct bpf_sk_lookup *ctx)
 	if (!pod)
 		return SK_PASS;
 	/* By address: self traffic names the pod's interface here, not lo. */
-	if (sl_same(&ends.pod, &ends.client) || sl_is_loopback(&ends.client)) {
+	if (sl_same(&ends.pod, &ends.client) || sl_is_loopback(&ends.client) ||
+	    ctx->ingress_ifindex == SL_LOOPBACK_IF) {
 		sl_count(k.netns, SL_IN_SELF);
 		return SK_PASS;
 	}
-	if (!sl_has_if(pod->captured_if, ctx->ingress_ifindex)) {
+	/* One that is not known yet, made anew by somebody, is no way around the proxy. */
+	if (sl_has_if(pod->excluded_if, ctx->ingress_ifindex)) {
 		sl_count(k.netns, SL_IN_EXCLUDED_INTERFACE);
 		return SK_PASS;
 	}

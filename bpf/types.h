@@ -31,9 +31,9 @@ struct sl_pod {
 	__u64 policy; /* the id under which ports and cidrs hold its policy */
 	__u64 digest; /* of the workload, for the agent */
 	__u32 proxy_uid;
-	__be32 ip4_be;	   /* 0: no IPv4 address */
-	union sl_addr ip6; /* ::: no IPv6 address */
-	__u32 captured_if[SL_MAX_IFS];
+	__be32 ip4_be;		       /* 0: no IPv4 address */
+	union sl_addr ip6;	       /* ::: no IPv6 address */
+	__u32 captured_if[SL_MAX_IFS]; /* that have the filter, for the agent */
 	__u32 excluded_if[SL_MAX_IFS];
 	/* What holds for a port or an address that is in no map. */
 	enum sl_match out_port;

@@ -64,6 +64,7 @@ enum {
 	BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB = 4,
 	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
 	BPF_SOCK_OPS_STATE_CB = 10,
+	BPF_SOCK_OPS_TCP_LISTEN_CB = 11,
 };
 
 enum sk_action {
@@ -193,6 +194,12 @@ struct bpf_sk_lookup {
 	__u32 local_ip6[4];
 	__u32 local_port;      /* host byte order */
 	__u32 ingress_ifindex; /* since 5.17 */
+};
+
+/* What an iterator over TCP sockets is called with. */
+struct bpf_iter__tcp {
+	__bpf_md_ptr(void *, meta);
+	__bpf_md_ptr(struct sock_common *, sk_common);
 };
 
 struct bpf_sock_tuple {

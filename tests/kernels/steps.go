@@ -57,7 +57,7 @@ func shortSuites(backend string) []suite {
 	if backend != "ebpf" {
 		return []suite{conformance("pkg/redirect/iptables", "TestConformance/nft", basicCases())}
 	}
-	life := []string{"TestTakeOverOtherPrograms", "TestMend", "TestUninstall"}
+	life := []string{"TestListeners", "TestTakeOverOtherPrograms", "TestMend", "TestUninstall"}
 	return []suite{
 		conformance("pkg/redirect/bpf", "TestConformance", append(basicCases(), hookCases()...)),
 		{pkg: "pkg/redirect/bpf", run: "^(" + strings.Join(life, "|") + ")$", must: life, timeout: shortTimeout},

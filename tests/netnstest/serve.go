@@ -42,6 +42,13 @@ func (ns Namespace) Serve(tb testing.TB, addr netip.AddrPort, name string) *Serv
 	if err != nil {
 		tb.Fatalf("serve %s in %s: %v", name, ns.Name, err)
 	}
+	return ServeOn(tb, l, name)
+}
+
+// ServeOn starts a server that accepts from l, which it closes when it ends: with
+// the test.
+func ServeOn(tb testing.TB, l net.Listener, name string) *Server {
+	tb.Helper()
 	s := &Server{Addr: AddrPort(l.Addr()), name: name, l: l, open: make(map[net.Conn]struct{})}
 	s.conns.Add(1)
 	go s.accept()

@@ -73,19 +73,20 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	accelMapAccelEnds     = "accel_ends"
-	accelMapAccelEvents   = "accel_events"
-	accelMapAccelPairs    = "accel_pairs"
-	accelMapAccelPods     = "accel_pods"
-	accelMapAccelSocks    = "accel_socks"
-	accelMapAccelSwitch   = "accel_switch"
-	accelMapAccelWait     = "accel_wait"
-	accelProgSlMsg        = "sl_msg"
-	accelProgSlReceived   = "sl_received"
-	accelProgSlSent       = "sl_sent"
-	accelVarSlAccelBudget = "sl_accel_budget"
-	accelVarSlHaveMptcp   = "sl_have_mptcp"
-	accelVarSlHostNetns   = "sl_host_netns"
+	accelMapAccelEnds       = "accel_ends"
+	accelMapAccelEvents     = "accel_events"
+	accelMapAccelPairs      = "accel_pairs"
+	accelMapAccelPods       = "accel_pods"
+	accelMapAccelSocks      = "accel_socks"
+	accelMapAccelSwitch     = "accel_switch"
+	accelMapAccelWait       = "accel_wait"
+	accelProgSlMsg          = "sl_msg"
+	accelProgSlReceived     = "sl_received"
+	accelProgSlSent         = "sl_sent"
+	accelVarSlAccelBudget   = "sl_accel_budget"
+	accelVarSlHaveMptcp     = "sl_have_mptcp"
+	accelVarSlHostNetns     = "sl_host_netns"
+	accelVarSlTcMayRegister = "sl_tc_may_register"
 )
 
 // loadAccel returns the embedded CollectionSpec for accel.
@@ -152,9 +153,10 @@ type accelMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type accelVariableSpecs struct {
-	SlAccelBudget *ebpf.VariableSpec `ebpf:"sl_accel_budget"`
-	SlHaveMptcp   *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
-	SlHostNetns   *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlAccelBudget   *ebpf.VariableSpec `ebpf:"sl_accel_budget"`
+	SlHaveMptcp     *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
+	SlHostNetns     *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlTcMayRegister *ebpf.VariableSpec `ebpf:"sl_tc_may_register"`
 }
 
 // accelObjects contains all objects after they have been loaded into the kernel.
@@ -202,9 +204,10 @@ func (m *accelMaps) Close() error {
 //
 // It can be passed to loadAccelObjects or ebpf.CollectionSpec.LoadAndAssign.
 type accelVariables struct {
-	SlAccelBudget *ebpf.Variable `ebpf:"sl_accel_budget"`
-	SlHaveMptcp   *ebpf.Variable `ebpf:"sl_have_mptcp"`
-	SlHostNetns   *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlAccelBudget   *ebpf.Variable `ebpf:"sl_accel_budget"`
+	SlHaveMptcp     *ebpf.Variable `ebpf:"sl_have_mptcp"`
+	SlHostNetns     *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlTcMayRegister *ebpf.Variable `ebpf:"sl_tc_may_register"`
 }
 
 // accelPrograms contains all programs after they have been loaded into the kernel.

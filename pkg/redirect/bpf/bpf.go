@@ -90,6 +90,7 @@ type Redirector struct {
 	log      *slog.Logger
 	turns    redirect.Turns[redirect.ID]
 
+	finder     finder
 	accel      acceleration
 	podCgroups podCgroups
 	hooksMu    sync.Mutex
@@ -116,11 +117,11 @@ func (o Options) withDefaults() Options {
 
 // New loads the programs and attaches them, or takes over what an earlier
 // process has pinned, in which case every hook runs this build's program from
-// one connection to the next. It needs Linux 5.17 to 7.2; errors wrap
+// one connection to the next. It needs Linux 5.17 or newer; errors wrap
 // redirect.ErrNotSupported where the kernel lacks something or, with NoMount,
 // the node a bpffs, and ErrIncompatible if what is pinned cannot be taken over;
 // nothing is changed then. Close the Redirector when done; what is pinned stays.
-func New(o Options) (*Redirector, error) { return newFrom(o, loadRedirect) }
+func New(o Options) (*Redirector, error) { return newFrom(o, loadForKernel) }
 
 // newFrom is New for another build's object.
 func newFrom(o Options, object func() (*ebpf.CollectionSpec, error)) (*Redirector, error) {
@@ -210,6 +211,9 @@ func (r *Redirector) load(sizes Sizes, host uint64, object func() (*ebpf.Collect
 		return fmt.Errorf("load eBPF programs: %w", err)
 	}
 	r.store.redirectMaps, r.programs = o.redirectMaps, o.redirectPrograms
+	if r.finder, err = loadFinder(spec, &r.store.redirectMaps); err != nil {
+		return errors.Join(err, r.Close())
+	}
 	if err := r.store.writeLayouts(spec); err != nil {
 		return errors.Join(err, r.Close())
 	}
@@ -219,21 +223,41 @@ func (r *Redirector) load(sizes Sizes, host uint64, object func() (*ebpf.Collect
 // prepare returns the embedded object, set up for this kernel and the node's
 // network namespace with the cookie host.
 func prepare(host uint64) (*ebpf.CollectionSpec, error) {
-	spec, err := loadRedirect()
+	spec, err := loadForKernel()
 	if err != nil {
 		return nil, fmt.Errorf("read eBPF object: %w", err)
 	}
 	return spec, setUp(spec, host)
 }
 
-// setUp sets what the programs must know of this kernel and node.
-func setUp(spec *ebpf.CollectionSpec, host uint64) error {
-	have := uint8(0)
-	if haveMPTCP() == nil {
-		have = 1
-	}
-	err := errors.Join(spec.Variables[redirectVarSlHaveMptcp].Set(have), spec.Variables[redirectVarSlHostNetns].Set(host))
+// loadForKernel returns the embedded object, with what the programs must know of
+// this kernel.
+func loadForKernel() (*ebpf.CollectionSpec, error) {
+	spec, err := loadRedirect()
 	if err != nil {
+		return nil, err
+	}
+	tc := haveTCRegister()
+	if tc != nil && !errors.Is(tc, ebpf.ErrNotSupported) {
+		return nil, fmt.Errorf("find out whether tc programs may register listeners: %w", tc)
+	}
+	for variable, missing := range map[string]error{
+		redirectVarSlHaveMptcp: haveMPTCP(), redirectVarSlTcMayRegister: tc,
+	} {
+		have := uint8(0)
+		if missing == nil {
+			have = 1
+		}
+		if err := spec.Variables[variable].Set(have); err != nil {
+			return nil, err
+		}
+	}
+	return spec, nil
+}
+
+// setUp sets what the programs must know of this node.
+func setUp(spec *ebpf.CollectionSpec, host uint64) error {
+	if err := spec.Variables[redirectVarSlHostNetns].Set(host); err != nil {
 		return fmt.Errorf("set up eBPF object: %w", err)
 	}
 	return nil
@@ -468,7 +492,7 @@ func (r *Redirector) takeOverPod(meta *redirectSlMeta, pod *redirectSlPod) error
 func (r *Redirector) Close() error {
 	r.hooksMu.Lock()
 	defer r.hooksMu.Unlock()
-	return errors.Join(r.keepHooks(nil), r.store.Close(), r.programs.Close(), r.accel.programs.Close())
+	return errors.Join(r.keepHooks(nil), r.store.Close(), r.programs.Close(), r.finder.Close(), r.accel.programs.Close())
 }
 
 // Probe returns nil if this machine has all that New needs, else an error that
@@ -553,7 +577,8 @@ func loadUnpinned() error {
 	if err := spec.LoadAndAssign(&o, nil); err != nil {
 		return err
 	}
-	return o.Close()
+	f, err := loadFinder(spec, &o.redirectMaps)
+	return errors.Join(err, f.Close(), o.Close())
 }
 
 // Uninstall removes everything of a node's data plane: redirection of all

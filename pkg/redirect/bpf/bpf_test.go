@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/sluicemesh/sluice/pkg/redirect"
@@ -78,6 +79,38 @@ func TestConformance(t *testing.T) {
 	if events, err := r.AccelerationEvents(); err != nil || events["joined"] == 0 {
 		t.Errorf("no pair was joined: %v, %v", events, err)
 	}
+}
+
+// TestConformanceWithoutTC is TestConformance as on kernels that let no tc program
+// register listeners.
+func TestConformanceWithoutTC(t *testing.T) {
+	o := newOptions(t)
+	redirecttest.Run(t, redirect.BackendEBPF, func(tb testing.TB, hostNetns string) redirect.Redirector {
+		o.HostNetns = hostNetns
+		return openBuild(tb, o, withoutTC)
+	})
+}
+
+// withoutTC makes a build one for kernels that let no tc program register
+// listeners, which then runs on all.
+func withoutTC(spec *ebpf.CollectionSpec) error {
+	return spec.Variables[redirectVarSlTcMayRegister].Set(uint8(0))
+}
+
+// openBuild opens the build that change makes of this one.
+func openBuild(tb testing.TB, o Options, change func(*ebpf.CollectionSpec) error) *Redirector {
+	tb.Helper()
+	r, err := newFrom(o, func() (*ebpf.CollectionSpec, error) {
+		spec, err := loadForKernel()
+		if err != nil {
+			return nil, err
+		}
+		return spec, change(spec)
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return r
 }
 
 // opener opens the backend with options on a node.

@@ -1,5 +1,5 @@
 // Package bpf redirects with eBPF: connect hooks lead what a pod dials to its
-// Envoy, tcx and sk_lookup programs give its Envoy what others dial in the pod.
+// Envoy, sockops, tc and sk_lookup programs give its Envoy what others dial in the pod.
 // No packet is rewritten and no NAT is involved.
 //
 // It does not decide which pods are redirected or how; that is the caller's

@@ -263,7 +263,8 @@ func TestCgroupMadeAnew(t *testing.T) {
 }
 
 // TestInterfaceChanges renames the interface of a pod, and replaces it. List
-// names it, Add mends it once the interface is there.
+// names it, Add mends it once the interface is there, and nobody gets past the
+// proxy in between.
 func TestInterfaceChanges(t *testing.T) {
 	o := newOptions(t)
 	pod, peer := newPair(t)
@@ -324,8 +325,8 @@ func TestInterfaceChanges(t *testing.T) {
 	rename("eth0")
 	mustAdd(t, r, w)
 
-	// A new interface with the old one's name and address. What arrives on it
-	// before it is known is on none that carries the pod's address.
+	// A new interface with the old one's name and address. Nobody has put a filter
+	// on it yet, and what arrives there does not get past the proxy all the same.
 	pod.Attach(t, "pods")
 	inPod(func(h inside, old netlink.Link) error {
 		addrs, err := h.AddrList(old, netlink.FAMILY_V4)
@@ -345,6 +346,7 @@ func TestInterfaceChanges(t *testing.T) {
 		}
 		return errors.Join(errs...)
 	})
+	wantName(t, peer.Namespace, app(pod), "proxy")
 	wantProblem("replaced", "made anew")
 	mustAdd(t, r, w)
 	wantName(t, peer.Namespace, app(pod), "proxy")

@@ -6,5 +6,8 @@ package bpf
 
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-19 -cflags "-O2 -g -Wall -Werror -mcpu=v2" -target bpfel -go-package bpf -output-suffix _test -type sl_question verdict ../../../bpf/test/verdict.c
 
+// What finds listeners needs the kernel's BTF and is loaded where tc programs may not do it.
+//go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-19 -cflags "-O2 -g -Wall -Werror -mcpu=v2" -target bpfel -go-package bpf listening ../../../bpf/listening.c
+
 // Acceleration is an object of its own: redirection works on kernels that do not load it.
 //go:generate go run github.com/cilium/ebpf/cmd/bpf2go -cc clang-19 -cflags "-O2 -g -Wall -Werror -mcpu=v2" -target bpfel -go-package bpf -type sl_accel_event accel ../../../bpf/accel.c

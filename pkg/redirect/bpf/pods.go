@@ -82,7 +82,7 @@ func (r *Redirector) ensure(h inside, w redirect.Workload) error {
 	}
 	if old != nil && old.Digest == uint64(w.Digest()) && r.outsideProblem(cookie, meta, old) == nil && r.insideProblem(h, meta, old) == nil {
 		// A build that knew nothing of it may have kept the rest as it is.
-		return r.setProxyCgroup(cookie, w.ProxyCgroup)
+		return errors.Join(r.setProxyCgroup(cookie, w.ProxyCgroup), r.findListeners(cookie, old))
 	}
 	if err := r.add(h, cookie, w, meta, old); err != nil {
 		return fmt.Errorf("redirect network namespace %s: %w", w.Netns, err)
@@ -154,7 +154,8 @@ func (r *Redirector) add(h inside, cookie uint64, w redirect.Workload, meta *red
 		return err
 	}
 	live = true
-	return r.trim(h, cookie, pod, old)
+	// A listener that sockops did not see before that line is seen here.
+	return errors.Join(r.findListeners(cookie, pod), r.trim(h, cookie, pod, old))
 }
 
 // setProxyCgroup says which cgroup the proxy's processes are in; "" is not known.
@@ -478,7 +479,12 @@ func (r *Redirector) podProblem(cookie uint64, meta *redirectSlMeta, pod *redire
 	if err := r.outsideProblem(cookie, meta, pod); err != nil {
 		return err
 	}
-	return within(path, func(h inside) error { return r.insideProblem(h, meta, pod) })
+	return within(path, func(h inside) error {
+		if err := r.insideProblem(h, meta, pod); err != nil {
+			return err
+		}
+		return r.findListeners(cookie, pod)
+	})
 }
 
 // outsideProblem names what is missing in the maps and of the pins.

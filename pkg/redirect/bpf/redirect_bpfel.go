@@ -223,6 +223,7 @@ const (
 	redirectVarSlAccelerate    = "sl_accelerate"
 	redirectVarSlHaveMptcp     = "sl_have_mptcp"
 	redirectVarSlHostNetns     = "sl_host_netns"
+	redirectVarSlTcMayRegister = "sl_tc_may_register"
 )
 
 // loadRedirect returns the embedded CollectionSpec for redirect.
@@ -309,9 +310,10 @@ type redirectMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type redirectVariableSpecs struct {
-	SlAccelerate *ebpf.VariableSpec `ebpf:"sl_accelerate"`
-	SlHaveMptcp  *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
-	SlHostNetns  *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlAccelerate    *ebpf.VariableSpec `ebpf:"sl_accelerate"`
+	SlHaveMptcp     *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
+	SlHostNetns     *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlTcMayRegister *ebpf.VariableSpec `ebpf:"sl_tc_may_register"`
 }
 
 // redirectObjects contains all objects after they have been loaded into the kernel.
@@ -385,9 +387,10 @@ func (m *redirectMaps) Close() error {
 //
 // It can be passed to loadRedirectObjects or ebpf.CollectionSpec.LoadAndAssign.
 type redirectVariables struct {
-	SlAccelerate *ebpf.Variable `ebpf:"sl_accelerate"`
-	SlHaveMptcp  *ebpf.Variable `ebpf:"sl_have_mptcp"`
-	SlHostNetns  *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlAccelerate    *ebpf.Variable `ebpf:"sl_accelerate"`
+	SlHaveMptcp     *ebpf.Variable `ebpf:"sl_have_mptcp"`
+	SlHostNetns     *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlTcMayRegister *ebpf.Variable `ebpf:"sl_tc_may_register"`
 }
 
 // redirectPrograms contains all programs after they have been loaded into the kernel.

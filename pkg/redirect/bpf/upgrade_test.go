@@ -22,7 +22,7 @@ import (
 // build returns another build's object: change has had its way with this one's.
 func build(t *testing.T, change func(*ebpf.CollectionSpec)) func() (*ebpf.CollectionSpec, error) {
 	return func() (*ebpf.CollectionSpec, error) {
-		spec, err := loadRedirect()
+		spec, err := loadForKernel()
 		if err == nil {
 			change(spec)
 		}

@@ -130,22 +130,23 @@ type verdictSlTarget struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	verdictMapCidrs        = "cidrs"
-	verdictMapHandover     = "handover"
-	verdictMapLayouts      = "layouts"
-	verdictMapListeners    = "listeners"
-	verdictMapPodCgroups   = "pod_cgroups"
-	verdictMapPodIps       = "pod_ips"
-	verdictMapPodMeta      = "pod_meta"
-	verdictMapPods         = "pods"
-	verdictMapPorts        = "ports"
-	verdictMapProbes       = "probes"
-	verdictMapProxyCgroups = "proxy_cgroups"
-	verdictMapStats        = "stats"
-	verdictMapTargets      = "targets"
-	verdictProgSlVerdict   = "sl_verdict"
-	verdictVarSlHaveMptcp  = "sl_have_mptcp"
-	verdictVarSlHostNetns  = "sl_host_netns"
+	verdictMapCidrs           = "cidrs"
+	verdictMapHandover        = "handover"
+	verdictMapLayouts         = "layouts"
+	verdictMapListeners       = "listeners"
+	verdictMapPodCgroups      = "pod_cgroups"
+	verdictMapPodIps          = "pod_ips"
+	verdictMapPodMeta         = "pod_meta"
+	verdictMapPods            = "pods"
+	verdictMapPorts           = "ports"
+	verdictMapProbes          = "probes"
+	verdictMapProxyCgroups    = "proxy_cgroups"
+	verdictMapStats           = "stats"
+	verdictMapTargets         = "targets"
+	verdictProgSlVerdict      = "sl_verdict"
+	verdictVarSlHaveMptcp     = "sl_have_mptcp"
+	verdictVarSlHostNetns     = "sl_host_netns"
+	verdictVarSlTcMayRegister = "sl_tc_may_register"
 )
 
 // loadVerdict returns the embedded CollectionSpec for verdict.
@@ -216,8 +217,9 @@ type verdictMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type verdictVariableSpecs struct {
-	SlHaveMptcp *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
-	SlHostNetns *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlHaveMptcp     *ebpf.VariableSpec `ebpf:"sl_have_mptcp"`
+	SlHostNetns     *ebpf.VariableSpec `ebpf:"sl_host_netns"`
+	SlTcMayRegister *ebpf.VariableSpec `ebpf:"sl_tc_may_register"`
 }
 
 // verdictObjects contains all objects after they have been loaded into the kernel.
@@ -277,8 +279,9 @@ func (m *verdictMaps) Close() error {
 //
 // It can be passed to loadVerdictObjects or ebpf.CollectionSpec.LoadAndAssign.
 type verdictVariables struct {
-	SlHaveMptcp *ebpf.Variable `ebpf:"sl_have_mptcp"`
-	SlHostNetns *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlHaveMptcp     *ebpf.Variable `ebpf:"sl_have_mptcp"`
+	SlHostNetns     *ebpf.Variable `ebpf:"sl_host_netns"`
+	SlTcMayRegister *ebpf.Variable `ebpf:"sl_tc_may_register"`
 }
 
 // verdictPrograms contains all programs after they have been loaded into the kernel.

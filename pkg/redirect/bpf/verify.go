@@ -7,6 +7,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -26,9 +27,14 @@ type Feature struct {
 // application (Linux 5.19).
 const FeatureMPTCP = "mptcp"
 
+// FeatureTCRegister is that the filter of a pod's interface registers a proxy
+// that listened before the pod was redirected (until Linux 7.2). Elsewhere Add
+// and List do.
+const FeatureTCRegister = "tc registers listeners"
+
 // Features returns which of them this kernel has.
 func Features() []Feature {
-	return []Feature{{FeatureMPTCP, haveMPTCP()}}
+	return []Feature{{FeatureMPTCP, haveMPTCP()}, {FeatureTCRegister, haveTCRegister()}}
 }
 
 func haveMPTCP() error {
@@ -58,7 +64,13 @@ func Verify() ([]Verified, error) {
 	if err != nil {
 		return nil, err
 	}
-	return verify(spec), nil
+	listening, err := loadListening()
+	if err != nil {
+		return nil, fmt.Errorf("read eBPF object: %w", err)
+	}
+	all := append(verify(spec), verify(listening)...)
+	slices.SortFunc(all, func(a, b Verified) int { return strings.Compare(a.Program, b.Program) })
+	return all, nil
 }
 
 // processed is how the verifier ends its statistics.

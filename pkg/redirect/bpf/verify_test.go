@@ -2,6 +2,7 @@ package bpf
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -14,18 +15,8 @@ import (
 // tests/kernels.
 func TestVerifyAll(t *testing.T) {
 	need.EBPF(t)
-	settings := []uint8{0}
-	if haveMPTCP() == nil {
-		settings = append(settings, 1)
-	}
-	for _, mptcp := range settings {
-		spec, err := prepare(0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := spec.Variables[redirectVarSlHaveMptcp].Set(mptcp); err != nil {
-			t.Fatal(err)
-		}
+	check := func(spec *ebpf.CollectionSpec, with string) {
+		t.Helper()
 		all := verify(spec)
 		if len(all) != len(spec.Programs) {
 			t.Errorf("%d programs were verified, want %d", len(all), len(spec.Programs))
@@ -34,15 +25,39 @@ func TestVerifyAll(t *testing.T) {
 			var verifier *ebpf.VerifierError
 			switch {
 			case errors.As(v.Err, &verifier):
-				t.Errorf("%s (mptcp %d): %+v", v.Program, mptcp, verifier)
+				t.Errorf("%s (%s): %+v", v.Program, with, verifier)
 			case v.Err != nil:
-				t.Errorf("%s (mptcp %d): %v", v.Program, mptcp, v.Err)
+				t.Errorf("%s (%s): %v", v.Program, with, v.Err)
 			case v.Instructions == 0:
-				t.Errorf("%s (mptcp %d): no instruction was verified", v.Program, mptcp)
+				t.Errorf("%s (%s): no instruction was verified", v.Program, with)
 			}
-			t.Logf("%-16s mptcp %d  %6d instructions verified", v.Program, mptcp, v.Instructions)
+			t.Logf("%-16s %-20s %6d instructions verified", v.Program, with, v.Instructions)
 		}
 	}
+	has := func(missing error) []uint8 {
+		if missing == nil {
+			return []uint8{0, 1}
+		}
+		return []uint8{0}
+	}
+	for _, mptcp := range has(haveMPTCP()) {
+		for _, tc := range has(haveTCRegister()) {
+			spec, err := prepare(0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			err = errors.Join(spec.Variables[redirectVarSlHaveMptcp].Set(mptcp), spec.Variables[redirectVarSlTcMayRegister].Set(tc))
+			if err != nil {
+				t.Fatal(err)
+			}
+			check(spec, fmt.Sprintf("mptcp %d, tc %d", mptcp, tc))
+		}
+	}
+	listening, err := loadListening()
+	if err != nil {
+		t.Fatal(err)
+	}
+	check(listening, "iterator")
 }
 
 func TestProbe(t *testing.T) {
