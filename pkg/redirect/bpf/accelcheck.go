@@ -279,14 +279,17 @@ func (t *trial) run() ([]redirect.Acceleration, error) {
 	o := paircheck.Options{Seed: 1, Budget: int(accelBudget), Limit: checkLimit, Size: checkSize, First: true, IPv6: hasIPv6()}
 	plain := o
 	plain.Plain = true
-	if a, err := t.ask(plain); err != nil || firstFailure(a) != "" {
-		return nil, fmt.Errorf("connections without acceleration: %s, %w", firstFailure(a), err)
+	a, err := t.ask(plain)
+	if err != nil {
+		return nil, err
+	}
+	if failed := firstFailure(a); failed != "" {
+		return nil, fmt.Errorf("connections without acceleration: %s", failed)
 	}
 	peer, loopback := redirect.Acceleration{Place: redirect.PlacePeer}, redirect.Acceleration{Place: redirect.PlaceLoopback}
 	proxy := o
 	proxy.Proxy = true
-	a, err := t.ask(proxy)
-	if err != nil {
+	if a, err = t.ask(proxy); err != nil {
 		return nil, err
 	}
 	if peer.Reason = firstFailure(a); peer.Reason == "" {
