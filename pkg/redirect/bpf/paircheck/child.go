@@ -57,7 +57,7 @@ func Child(in io.Reader, out io.Writer) error {
 		}
 		var a Answer
 		if o.Measure {
-			a.Gains, err = measure(o)
+			a.Gains, err = compare(o)
 		} else {
 			a.Results, err = Run(o)
 		}

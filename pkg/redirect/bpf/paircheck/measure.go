@@ -28,26 +28,58 @@ func (g Gain) Ratio() float64 { return float64(g.Plain.Shortest) / float64(g.Acc
 // Typical is Ratio of the medians.
 func (g Gain) Typical() float64 { return float64(g.Plain.Median) / float64(g.Accelerated.Median) }
 
-// measures are the shapes of traffic that are timed.
-func measures() []struct {
+// A measure is one shape of traffic; round does it once, over connections of d,
+// and says how long it took.
+type measure struct {
 	name  string
-	round func(w, r *end) error
-} {
-	return []struct {
-		name  string
-		round func(w, r *end) error
-	}{
-		{"round_trip_64", func(w, r *end) error { return pingPong(w, r, 64, 500) }},
-		{"round_trip_16k", func(w, r *end) error { return pingPong(w, r, 16<<10, 200) }},
-		{"stream_16k", func(w, r *end) error { return bulk(w, r, 16<<10, 32<<20) }},
-		{"stream_64k", func(w, r *end) error { return bulk(w, r, 64<<10, 32<<20) }},
+	round func(d *dialer) (time.Duration, error)
+}
+
+// measures are those that are compared.
+var measures = []measure{
+	{"connect", connects(100)},
+	{"round_trip_64", over(func(w, r *end) error { return pingPong(w, r, 64, 500) })},
+	{"round_trip_16k", over(func(w, r *end) error { return pingPong(w, r, 16<<10, 200) })},
+	{"stream_16k", over(func(w, r *end) error { return bulk(w, r, 16<<10, 32<<20) })},
+	{"stream_64k", over(func(w, r *end) error { return bulk(w, r, 64<<10, 32<<20) })},
+}
+
+// connects opens so many connections one after the other, and uses each once.
+func connects(times int) func(*dialer) (time.Duration, error) {
+	return func(d *dialer) (took time.Duration, err error) {
+		start := time.Now()
+		for range times {
+			w, r, err := d.dial()
+			if err != nil {
+				return 0, err
+			}
+			err = pingPong(w, r, 64, 1)
+			if err := errors.Join(err, w.close(), r.close()); err != nil {
+				return 0, err
+			}
+		}
+		return time.Since(start), nil
+	}
+}
+
+// over does f on a connection that is open already.
+func over(f func(w, r *end) error) func(*dialer) (time.Duration, error) {
+	return func(d *dialer) (took time.Duration, err error) {
+		w, r, err := d.dial()
+		if err != nil {
+			return 0, err
+		}
+		start := time.Now()
+		err = f(w, r)
+		took = time.Since(start)
+		return took, errors.Join(err, w.close(), r.close())
 	}
 }
 
 const rounds = 7
 
-// measure times each shape in rounds that alternate between both.
-func measure(o Options) (gains []Gain, err error) {
+// compare times each measure in rounds that alternate between both.
+func compare(o Options) (gains []Gain, err error) {
 	ip := net.IPv4(127, 0, 0, 1)
 	plain, err := newDialer(ip, plainPort, o.Limit, 0)
 	if err != nil {
@@ -59,20 +91,15 @@ func measure(o Options) (gains []Gain, err error) {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, pairs.close()) }()
-	for _, m := range measures() {
+	for _, m := range measures {
 		var took [2][]time.Duration
 		for range rounds {
 			for i, d := range []*dialer{plain, pairs} {
-				w, r, err := d.dial()
+				t, err := m.round(d)
 				if err != nil {
-					return gains, err
-				}
-				start := time.Now()
-				err = m.round(w, r)
-				took[i] = append(took[i], time.Since(start))
-				if err := errors.Join(err, w.close(), r.close()); err != nil {
 					return gains, fmt.Errorf("%s: %w", m.name, err)
 				}
+				took[i] = append(took[i], t)
 			}
 		}
 		gains = append(gains, Gain{Measure: m.name, Plain: summed(took[0]), Accelerated: summed(took[1])})
