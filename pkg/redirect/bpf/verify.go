@@ -64,11 +64,13 @@ func Verify() ([]Verified, error) {
 	if err != nil {
 		return nil, err
 	}
-	listening, err := loadListening()
-	if err != nil {
-		return nil, fmt.Errorf("read eBPF object: %w", err)
+	all := verify(spec)
+	for _, load := range []func() (*ebpf.CollectionSpec, error){loadListening, loadAccel} {
+		if spec, err = load(); err != nil {
+			return nil, fmt.Errorf("read eBPF object: %w", err)
+		}
+		all = append(all, verify(spec)...)
 	}
-	all := append(verify(spec), verify(listening)...)
 	slices.SortFunc(all, func(a, b Verified) int { return strings.Compare(a.Program, b.Program) })
 	return all, nil
 }

@@ -58,6 +58,24 @@ func TestVerifyAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	check(listening, "iterator")
+
+	accel, err := loadAccel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := verifyOne(accel.Copy(), accelProgSlSent); errors.Is(err, ebpf.ErrNotSupported) {
+		t.Logf("no acceleration on this kernel: %v", err)
+		return
+	}
+	check(accel, "acceleration")
+	spec, err := prepare(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := spec.Variables[redirectVarSlAccelerate].Set(uint8(1)); err != nil {
+		t.Fatal(err)
+	}
+	check(spec, "with acceleration")
 }
 
 func TestProbe(t *testing.T) {
