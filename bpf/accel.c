@@ -11,6 +11,7 @@
  * again there is nothing to overtake.
  */
 #include "accel_maps.h"
+#include "headers/kernel.h"
 
 char LICENSE[] SEC("license") = "GPL";
 
@@ -111,18 +112,6 @@ int sl_msg(struct sk_msg_md *msg)
 		sl_slow(pair, side, SL_STUCK, SL_ACCEL_STUCK);
 	return SK_PASS;
 }
-
-/* What __builtin_preserve_field_info is asked for: where a bit field lies in this kernel. */
-enum {
-	SL_BYTE_OFFSET = 0,
-	SL_LSHIFT = 4,
-	SL_RSHIFT = 5,
-};
-
-/* As far as it is read here; the loader finds the field's place in this kernel. */
-struct sock {
-	__u8 sk_userlocks : 4;
-} __attribute__((preserve_access_index));
 
 /*
  * Whether an application has fixed the size of the socket's receive buffer.

@@ -8,6 +8,13 @@
 
 #include "uapi.h"
 
+/* What __builtin_preserve_field_info is asked for: where a bit field lies in this kernel. */
+enum {
+	SL_BYTE_OFFSET = 0,
+	SL_LSHIFT = 4,
+	SL_RSHIFT = 5,
+};
+
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
 struct net {
@@ -30,6 +37,10 @@ struct sock_common {
 		struct net *net;
 	} skc_net;
 	struct in6_addr skc_v6_rcv_saddr;
+};
+
+struct sock {
+	__u8 sk_userlocks : 4;
 };
 
 #pragma clang attribute pop
